@@ -26,7 +26,7 @@ def rope(
 ) -> Tensor:           # [..., time, size], same dtype; every pair (i, i + size/2) turned, lengths kept
     "Rotary position embedding, angles in whole turns and float32; raises ValueError on an odd size"
     n = x.shape[-1]//2
-    if x.shape[-1] % 2: raise ValueError(f'rope turns pairs of numbers, so the last dimension must be even, not {x.shape[-1]}')
+    if x.shape[-1] % 2: raise ValueError(f'rope turns pairs, so the last dimension must be even, not {x.shape[-1]}')
     angle = ((pos[:, None]*_turns(n, base, x.device)) % 2**32).float()*(2*pi/2**32)
     c, s = angle.cos(), angle.sin()
     return torch.addcmul(x*torch.cat([c, c], -1), x.roll(n, -1), torch.cat([-s, s], -1)).to(x.dtype)
@@ -41,16 +41,15 @@ def banded_attention(
     block:int = 128      # queries handled at a time
 ) -> Tensor:             # [batch, heads, n, size]
     "Causal attention over a sliding window; cost grows with n * (window + block), not with n * m"
-    n, m, kw = q.shape[2], k.shape[2], dict(scale=scale, enable_gqa=True)
-    if n == 0: return q
-    if n == m <= window and (n <= block or q.is_cuda): return F.scaled_dot_product_attention(q, k, v, is_causal=True, **kw)
-    out = []
+    n, m, kw, out = q.shape[2], k.shape[2], dict(scale=scale, enable_gqa=True), []
+    if n == m <= window and (n <= block or q.is_cuda):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **kw)
     for i in range(m-n, m, block):
         lo, hi = max(0, i-window+1), min(i+block, m)
         back = torch.arange(i, hi, device=q.device)[:, None] - torch.arange(lo, hi, device=q.device)
         out.append(F.scaled_dot_product_attention(q[:, :, i-m+n:hi-m+n], k[:, :, lo:hi], v[:, :, lo:hi],
                                                   attn_mask=(back >= 0) & (back < window), **kw))
-    return torch.cat(out, 2)
+    return torch.cat(out, 2) if out else q
 
 # %% ../nbs/21_attention.ipynb #c026
 class MLP(nn.Module):
@@ -62,7 +61,7 @@ class MLP(nn.Module):
         code = 'q2'          # how both matrices are held, see `QuantLinear`
     ):
         super().__init__()
-        if kind not in ('relu2', 'swiglu'): raise ValueError(f"unknown kind of MLP {kind!r}; choose 'relu2' or 'swiglu'")
+        if kind not in ('relu2', 'swiglu'): raise ValueError(f'unknown kind of MLP {kind!r}; choose relu2 or swiglu')
         self.gated = kind == 'swiglu'
         self.up, self.down = QuantLinear(dim, hidden*(1 + self.gated), code), QuantLinear(hidden, dim, code)
         nn.init.zeros_(self.down.weight)
@@ -75,11 +74,13 @@ class MLP(nn.Module):
 
 # %% ../nbs/21_attention.ipynb #c034
 def _check_heads(dim, heads, kv_heads, window):
-    if min(dim, heads, kv_heads) < 1: raise ValueError(f'dim, heads and kv_heads must be at least 1, not {dim}, {heads}, {kv_heads}')
-    if dim % heads: raise ValueError(f'dim {dim} does not divide into {heads} heads; choose a number of heads that divides it')
-    if dim//heads % 2: raise ValueError(f'heads of odd size {dim//heads} cannot be rotated in pairs; choose heads so that dim/heads is even')
-    if heads % kv_heads: raise ValueError(f'{heads} heads cannot share {kv_heads} kv_heads evenly; choose a divisor of {heads}')
-    if window < 1: raise ValueError(f'window must be at least 1, the position itself, not {window}')
+    def need(ok, says):
+        if not ok: raise ValueError(says)
+    need(min(dim, heads, kv_heads) > 0, f'dim, heads and kv_heads must be at least 1, not {dim}, {heads}, {kv_heads}')
+    need(dim % heads == 0, f'dim {dim} does not divide into {heads} heads; choose a number of heads that divides it')
+    need(dim//heads % 2 == 0, f'heads of odd size {dim//heads} cannot be rotated in pairs; choose an even dim/heads')
+    need(heads % kv_heads == 0, f'{heads} heads cannot share {kv_heads} kv_heads evenly; choose a divisor of {heads}')
+    need(window > 0, f'window must be at least 1, the position itself, not {window}')
 
 # %% ../nbs/21_attention.ipynb #c035
 class GQABlock(nn.Module):
@@ -115,4 +116,4 @@ def forward(self:GQABlock,
     if state: k, v = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
     y = banded_attention(q, k, v, self.window, self.scale)
     keep = max(0, k.shape[2] - self.window + 1)
-    return self.o(y.transpose(1, 2).reshape(B, T, -1)), (k[:, :, keep:], v[:, :, keep:], at+T)
+    return self.o(y.transpose(1, 2).flatten(2)), (k[:, :, keep:], v[:, :, keep:], at+T)

@@ -68,8 +68,9 @@ class CfCBlock(nn.Module):
     ):
         super().__init__()
         if dim < 1: raise ValueError(f'dim must be at least 1, not {dim}')
-        self.rate, self.drive, self.out = QuantLinear(dim, dim, gate_code), QuantLinear(dim, dim, code), QuantLinear(dim, dim, code)
-        self.log_dt = nn.Parameter(torch.linspace(-log(longest), .3, dim))
+        self.rate, self.drive = QuantLinear(dim, dim, gate_code), QuantLinear(dim, dim, code)
+        self.out = QuantLinear(dim, dim, code)
+        self.log_dt = nn.Parameter(torch.arange(dim)*((log(longest) + .3)/max(dim-1, 1)) - log(longest))
         nn.init.zeros_(self.out.weight)
 
 # %% ../nbs/22_cfc.ipynb #c025

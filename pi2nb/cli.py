@@ -6,7 +6,8 @@
 __all__ = ['app', 'File', 'Data', 'Device', 'Seed', 'main', 'train', 'eval', 'generate', 'inspect', 'recipes']
 
 # %% ../nbs/70_cli.ipynb #c002
-import sys
+import errno, shlex, sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -18,18 +19,19 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 File = Annotated[Path, typer.Argument(help='a .q2bin file', show_default=False)]
 Data = Annotated[str, typer.Option(help="'shakespeare', a .txt, .jsonl or .parquet file or a folder of them, or hf:NAME[:CONFIG]")]
 Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', or another torch device")]
-Seed = Annotated[int, typer.Option(help='of every choice that is left to chance')]
+Seed = Annotated[int, typer.Option(help='of every choice that is left to chance', min=0, max=2**32-1)]
 
 # %% ../nbs/70_cli.ipynb #c007
 def main():
     "The entry point of `pi2`: runs the application; 1 for a mistake, 2 for wrong usage, 130 for an interruption"
     try: app()
-    except (ValueError, OSError, ImportError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and type(e).__module__ != 'pi2nb.governor': raise       # a bug of ours: show it
-        text = 'the disk is full: free some space; what was saved before is intact' if getattr(e, 'errno', None) == 28 else str(e)
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as e:
+        known = {errno.ENOSPC: 'the disk is full: free some space; what was saved before is intact'}
+        text = known.get(getattr(e, 'errno', None), str(e))
+        if isinstance(e, MemoryError) or 'memory' in text: text = 'not enough memory; make batch, context or dim smaller'
+        elif isinstance(e, RuntimeError): raise                                               # a bug of ours: show it
         print(f'pi2: {text}', file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt: print('pi2: interrupted', file=sys.stderr); sys.exit(130)
 
 # %% ../nbs/70_cli.ipynb #c009
 def _pairs(items): # ['dim=256'] -> {'dim': '256'}
@@ -37,12 +39,12 @@ def _pairs(items): # ['dim=256'] -> {'dim': '256'}
         if '=' not in s: raise ValueError(f'--set {s!r} is not of the form key=value')
     return dict(s.split('=', 1) for s in items)
 
-def _start_or_resume(resume_it, cfg, out, corpus, device): # -> report of the finished run
-    from pi2nb.train import Trainer, resume, train
-    if not resume_it: return train(cfg, out, corpus, device)
+def _start_or_resume(resume_it, cfg, out, corpus, device, only=None): # -> report of the finished run
+    from pi2nb.train import resume, train
+    if not resume_it: return train(cfg, out, corpus, device or 'auto', only=only)
     t = resume(out, corpus, device)
     t.fit()
-    return t.finish()
+    return t.finish(only)
 
 # %% ../nbs/70_cli.ipynb #c010
 @app.command()
@@ -50,35 +52,41 @@ def train(
     recipe:Annotated[Optional[str], typer.Option(help='how weights are held and how they learn; see pi2 recipes  [default: q2]')] = None,
     data:Annotated[Optional[str], typer.Option(help="what to learn: 'shakespeare', a .txt, .jsonl or .parquet file or folder, or hf:NAME[:CONFIG]  [default: shakespeare]")] = None,
     steps:Annotated[Optional[int], typer.Option(help="optimizer steps  [default: the recipe's]")] = None,
-    minutes:Annotated[Optional[float], typer.Option(help='train this long instead of a number of steps')] = None,
+    minutes:Annotated[Optional[float], typer.Option(help="train this long instead of a number of steps; the result then depends on the machine's speed")] = None,
     output:Annotated[Optional[Path], typer.Option('--output', '-o', help='folder of the run  [default: runs/RECIPE]')] = None,
-    seed:Annotated[Optional[int], typer.Option(help='of the first weights and the order of the text  [default: 0]')] = None,
+    seed:Annotated[Optional[int], typer.Option(help='of the first weights and the order of the text  [default: 0]', min=0, max=2**32-1)] = None,
     resume:Annotated[bool, typer.Option('--resume', help='continue the run in the output folder, as it was started')] = False,
     twin:Annotated[bool, typer.Option('--twin', help='also train the float32 twin, to see what the code costs')] = False,
-    device:Device = 'auto',
+    device:Annotated[Optional[str], typer.Option(help="'auto', 'cpu', 'cuda', or another torch device  [default: auto, or where the run was]")] = None,
     set:Annotated[list[str], typer.Option('--set', help='any other setting, as key=value; may be repeated')] = []
 ):
     "Train a model, pack it, prove the file, and read what it writes."
-    from pi2nb.train import configure, saved_config
+    from pi2nb.train import check_new, configure, saved_config, twin_of
     given = {k: v for k,v in dict(data=data, steps=steps, minutes=minutes, seed=seed).items() if v is not None} | _pairs(set)
     out = output or Path('runs')/(recipe or 'q2')
     if resume and (given or recipe and output): raise ValueError('--resume continues a run as it was started: give it the --output folder and no other setting')
+    if steps and minutes: raise ValueError('give --steps or --minutes, not both')
     cfg = saved_config(out) if resume else configure(recipe or 'q2', **given)
-    _train(cfg, out, device, resume, twin)
+    if not resume: check_new(out)
+    other = twin_of(cfg) if twin else None
+    if other and (out/'twin'/'checkpoint.pt').exists():
+        there = saved_config(out/'twin')
+        if there != replace(other, precision=there.precision): raise ValueError(f'{out}/twin holds a run with other settings; move it away')
+    _train(cfg, out, device, resume, other)
 
 # %% ../nbs/70_cli.ipynb #c011
-def _train(cfg, out, device, resume, twin):
+def _train(cfg, out, device, resume, twin): # twin: the settings of the float32 twin, or None
     from pi2nb.corpus import load_corpus
-    from pi2nb.train import Interrupted, twin_of, report_text
+    from pi2nb.train import Interrupted, report_text
     corpus, other = load_corpus(cfg.data), None
     try:
         rep = _start_or_resume(resume, cfg, out, corpus, device)
-        if twin: other = _start_or_resume((out/'twin'/'checkpoint.pt').exists(), twin_of(cfg), out/'twin', corpus, device)
-    except Interrupted as e:
-        print(f'pi2: {e}', file=sys.stderr)
+        if twin: other = _start_or_resume((out/'twin'/'checkpoint.pt').exists(), twin, out/'twin', corpus, device, only=())
+    except (Interrupted, KeyboardInterrupt) as e:
+        print(f"pi2: {str(e) or 'interrupted'}; continue with: pi2 train --resume{' --twin' if twin else ''} -o {shlex.quote(str(out))}", file=sys.stderr)
         sys.exit(130)
     print(report_text(rep, other))
-    print('\nwrote     ' + ', '.join(str(out/n) for n in ('model.q2bin', 'metrics.jsonl', 'loss.png', 'report.json', 'checkpoint.pt')))
+    print('\nwrote     ' + ', '.join(str(out/n) for n in ('model.q2bin', 'metrics.jsonl', 'loss.png', 'report.json', 'checkpoint.pt') + ('twin',)*bool(twin)))
     print(f'next      pi2 generate {out}/model.q2bin --prompt "To be, or"')
 
 # %% ../nbs/70_cli.ipynb #c013

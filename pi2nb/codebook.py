@@ -137,18 +137,32 @@ def hold(
     return Coded(code, code.encode(m, s), s, tuple(w.shape))
 
 # %% ../nbs/10_codebook.ipynb #c043
+def _plain(t): # numbers -> a list, or first, step and count if they are many and evenly spaced
+    t = [float(x) for x in t]
+    even = dict(first=t[0], step=t[1]-t[0], count=len(t)) if len(t) > 8 else t
+    return even if _numbers(even) == tuple(t) else t
+
+def _numbers(d): # the numbers again
+    if isinstance(d, list): return tuple(map(float, d))
+    if not 0 < d['count'] <= 256: raise ValueError(f'a code has at most 256 levels, not {d["count"]}')
+    return tuple(d['first'] + i*d['step'] for i in range(d['count']))
+
 @patch
 def to_dict(self:Codebook) -> dict:
     "Plain data, ready for JSON"
-    return asdict(self) | dict(levels=list(self.levels), cuts=list(self.cuts))
+    return asdict(self) | dict(levels=_plain(self.levels), cuts=_plain(self.cuts))
 
+# %% ../nbs/10_codebook.ipynb #c044
 @patch(cls_method=True)
 def from_dict(cls:Codebook,
     d:dict # as `to_dict` made it
 ) -> Codebook:
     "The code book again; raises ValueError if levels and cuts do not fit together"
-    c = cls(**d | dict(levels=tuple(d['levels']), cuts=tuple(d['cuts'])))
-    ok = len(c.cuts) == len(c.levels)-1 > 0 and len(c.levels) <= 256 and c.rule in ('rms', 'absmax') and c.group >= 0
-    if not ok or any(list(t) != sorted(set(t)) for t in (c.levels, c.cuts)):
-        raise ValueError(f'code book {c.name!r} is damaged: levels and cuts must ascend, with one cut between neighbours')
+    lv, cuts = _numbers(d['levels']), _numbers(d['cuts'])
+    c = cls(**d | dict(levels=lv, cuts=cuts, factor=float(d['factor']), group=int(d['group'])))
+    rises = all(list(t) == sorted(set(t)) for t in (lv, cuts)) and all(a <= b <= c for a,b,c in zip(lv, cuts, lv[1:]))
+    if not (rises and 2 <= len(lv) <= 256 and len(cuts) == len(lv)-1):
+        raise ValueError(f'code book {c.name!r} is damaged: levels and cuts must ascend, one cut between neighbours')
+    if c.rule not in ('rms', 'absmax') or c.factor <= 0 or c.group < 0:
+        raise ValueError(f'code book {c.name!r} is damaged: its scale rule is not one')
     return c

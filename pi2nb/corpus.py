@@ -53,7 +53,6 @@ def _gather(docs, sep=b'\n', limit=None): # documents as one text of at most `li
         starts.append(len(text))
         text += d
         if limit and len(text) >= limit: del text[limit:]; break
-    if hasattr(docs, 'close'): docs.close() # a stream that was not read to its end
     return bytes(text), starts
 
 # %% ../nbs/32_corpus.ipynb #c013
@@ -112,11 +111,12 @@ def _shakespeare(limit=None): # the built-in corpus
 
 # %% ../nbs/32_corpus.ipynb #c028
 @contextmanager
-def _quiet_datasets(): # the `datasets` module without progress bars and log lines, for the time of a `with`
+def _quiet_datasets(wanted=True): # no progress bars and no log lines from `datasets` inside this `with`
+    if not wanted: yield; return
     import datasets
     shown, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars(); datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try: yield datasets
+    try: yield
     finally:
         if not shown: datasets.enable_progress_bars()
         datasets.logging.set_verbosity(level)
@@ -125,9 +125,9 @@ def _one_line(e): return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 # %% ../nbs/32_corpus.ipynb #c030
 def _batches(opener, where): # batches of rows {column: values} of what opener(datasets) gives
-    with _quiet_datasets() as ds:
-        try: yield from opener(ds).iter(100)
-        except Exception as e: raise ValueError(f'{where} cannot be read: {_one_line(e)}') from e
+    import datasets
+    try: yield from opener(datasets).iter(100)
+    except Exception as e: raise ValueError(f'{where} cannot be read: {_one_line(e)}') from e
 
 def _text_column(batch, column, where): # the column that holds the text; None if it is empty in this batch
     want = column or 'text'
@@ -192,9 +192,9 @@ def _ask_hub(name): # None if the hub knows the data set; raises what to tell th
 
 def _hub_parts(name, config, where): # part -> a function that opens its stream
     if not Path(name).exists(): _ask_hub(name)
-    with _quiet_datasets() as ds:
-        try: splits = ds.load_dataset(name, config, streaming=True)
-        except Exception as e: raise ValueError(f'{where} cannot be opened: {_one_line(e)}') from e
+    import datasets
+    try: splits = datasets.load_dataset(name, config, streaming=True)
+    except Exception as e: raise ValueError(f'{where} cannot be opened: {_one_line(e)}') from e
     parts = {}
     for k in splits: parts.setdefault(_part_of(k), splits[k])
     if len(splits) == 1: parts = dict(train=splits[k])
@@ -226,15 +226,17 @@ def load_corpus(
 def _load_path(spec, path, column, limit, sep): # a file or a folder
     parts = _folder_files(path) if path.is_dir() else dict(train=[path])
     docs = {k: (d for f in fs for d in _file_docs(f, column, limit)) for k,fs in parts.items()}
-    n = sum(map(len, parts.values()))
-    return _assemble(spec, docs, sep, limit, f'{n} file{"s"*(n > 1)}')
+    files = sum(parts.values(), [])
+    with _quiet_datasets(any(_READERS[f.suffix.lower()] for f in files)):
+        return _assemble(spec, docs, sep, limit, f'{len(files)} file{"s"*(len(files) > 1)}')
 
 def _load_hub(spec, column, limit, sep): # 'hf:NAME[:CONFIG]'
     name, config = spec[3:], None
     if not Path(name).exists(): name, _, config = name.partition(':')
-    streams = _hub_parts(name, config or None, spec)
-    docs = {k: _column_docs(_batches(lambda _,v=v: v, spec), column, spec) for k,v in streams.items()}
-    return _assemble(spec, docs, sep, limit, 'streamed through datasets')
+    with _quiet_datasets():
+        streams = _hub_parts(name, config or None, spec)
+        docs = {k: _column_docs(_batches(lambda _,v=v: v, spec), column, spec) for k,v in streams.items()}
+        return _assemble(spec, docs, sep, limit, 'streamed through datasets')
 
 # %% ../nbs/32_corpus.ipynb #c061
 class WindowSampler:

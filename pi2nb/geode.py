@@ -10,6 +10,7 @@ import re
 
 # %% ../nbs/40_geode.ipynb #c010
 _MOST = 256 # layers
+_WHY = {'': 'a ] is missing', ']': 'this ] closes nothing', '*': 'a number is expected after *', '×': 'a number is expected after ×'}
 
 def _tokens(text): # (token, position) of names, [ ] , *n and anything else, then ('', end)
     for m in re.finditer(r'[A-Za-z_][A-Za-z0-9_]*|[*×]\s*[0-9]{1,9}|\S', text): yield m.group(), m.start()
@@ -38,11 +39,10 @@ def parse_layout(
         elif t == ',': names, item = names + item, None
         elif t == ']' and stack: names, item = stack.pop(), names + item
         elif t == '' and not stack: return names + item
-        else: raise _wrong(text, at, {'': 'a ] is missing', ']': 'this ] closes nothing', '*': 'a number is expected after *'}.get(
-            t, f'a comma is expected before {t}'))
+        else: raise _wrong(text, at, _WHY.get(t, f'a comma is expected before {t}'))
         if len(names) + len(item or ()) > _MOST: raise _wrong(text, at, f'these are more than {_MOST} layers')
 
-# %% ../nbs/40_geode.ipynb #c018
+# %% ../nbs/40_geode.ipynb #c019
 def _shortest(names, best, i, j): # shortest text of names[i:j], given those of all shorter stretches
     k = min(range(i+1, j), key=lambda k: len(best[i, k]) + len(best[k, j]))
     texts = [f'{best[i, k]}, {best[k, j]}']
@@ -51,6 +51,7 @@ def _shortest(names, best, i, j): # shortest text of names[i:j], given those of 
             texts.append((best[i, i+p] if p == 1 else f'[{best[i, i+p]}]') + f'*{(j-i)//p}')
     return min(texts, key=len)
 
+# %% ../nbs/40_geode.ipynb #c020
 def format_layout(
     names:list # the names of the layers in order
 ) -> str:      # the shortest text that `parse_layout` reads as these names
@@ -58,7 +59,8 @@ def format_layout(
     names = list(names)
     if not 0 < len(names) <= _MOST: raise ValueError(f'a layout has 1 to {_MOST} layers, not {len(names)}')
     for n in names:
-        if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', n): raise ValueError(f'{n!r} cannot be the name of a layer; use letters, digits and _')
+        if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', n):
+            raise ValueError(f'{n!r} cannot be the name of a layer; use letters, digits and _')
     best = {(i, i+1): n for i,n in enumerate(names)}
     for size in range(2, len(names)+1):
         for i in range(len(names)-size+1): best[i, i+size] = _shortest(names, best, i, i+size)

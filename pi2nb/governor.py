@@ -16,14 +16,14 @@ from .quantlinear import CodedWeight
 @torch.no_grad()
 def symbol_sample(
     model:nn.Module, # any model; its `CodedWeight` layers are looked at
-    rows:int = 16    # rows taken from each layer, evenly spaced
+    rows:int = 256   # rows taken from each layer, evenly spaced
 ) -> dict:           # name -> what the forward pass uses, float32 [rows, cols]
     "A sample of the weights as the network sees them"
     out = {}
     for name, m in model.named_modules():
         if isinstance(m, CodedWeight):
             w = m.weight[::max(1, m.weight.shape[0]//rows)]
-            out[name] = (w if m.code is None else m.code.encode(w, m.code.scale(w))).clone()
+            out[name] = (w if m.code is None else m.code.encode(w, m.code.scale(w))).cpu().clone()
     return out
 
 def changed_fraction(
@@ -34,7 +34,7 @@ def changed_fraction(
     return {k: (before[k] != after[k]).float().mean().item() for k in before}
 
 # %% ../nbs/61_governor.ipynb #c008
-class DeadRun(RuntimeError):
+class DeadRun(ValueError):
     "Training is not learning; the message says what was seen and what to look at"
 
 class DeadRunGuard:

@@ -39,7 +39,8 @@ def pack_symbols(
 ) -> Tensor: # uint8 [..., ceil(n/4)], Gray-coded, first symbol in the top bits, a row's last byte filled with 00
     "Four symbols in a byte; raises ValueError on anything but bytes 0..3"
     if z.dtype != torch.uint8: raise ValueError(f'symbols are uint8, not {z.dtype}; convert them with .to(torch.uint8)')
-    if z.numel() and z.max() > 3: raise ValueError(f'a 2-bit symbol is 0, 1, 2 or 3, not {z.max().item()}; encode the weights first')
+    if z.numel() and z.max() > 3:
+        raise ValueError(f'a 2-bit symbol is 0, 1, 2 or 3, not {z.max().item()}; encode the weights first')
     n, lead = z.shape[-1], z.shape[:-1]
     q = z.new_zeros(*lead, -(-n//4)*4)
     q[..., :n] = gray(z)
@@ -55,7 +56,8 @@ def unpack_symbols(
 ) -> Tensor:  # symbols [..., n], uint8; what fills the last byte is dropped
     "The symbols of packed rows; raises ValueError if rows of `n` symbols do not fit the bytes"
     if p.dtype != torch.uint8: raise ValueError(f'packed symbols are uint8, not {p.dtype}')
-    if p.shape[-1] != -(-n//4): raise ValueError(f'{n} symbols take {-(-n//4)} bytes, not {p.shape[-1]}; check the row length')
+    if p.shape[-1] != -(-n//4):
+        raise ValueError(f'{n} symbols take {-(-n//4)} bytes, not {p.shape[-1]}; check the row length')
     four = _FOUR.to(p.device).view(torch.int32).flatten()
     z = four.index_select(0, p.flatten().int()).view(torch.uint8)
     return z.view(*p.shape[:-1], p.shape[-1]*4)[..., :n].contiguous()
@@ -66,8 +68,10 @@ def pack_bits(
     bits:int  # width of a number, 1..8
 ) -> Tensor:  # uint8 [..., ceil(n*bits/8)], first number in the top bits, a row's last byte filled with zeros
     "Numbers of `bits` bits, side by side; raises ValueError on a number that is too wide"
-    if v.dtype != torch.uint8 or not 1 <= bits <= 8: raise ValueError(f'pack uint8 numbers in 1..8 bits, not {v.dtype} in {bits}')
-    if v.numel() and int(v.max()) >> bits: raise ValueError(f'{v.max().item()} does not fit in {bits} bits; choose a wider code')
+    if v.dtype != torch.uint8 or not 1 <= bits <= 8:
+        raise ValueError(f'pack uint8 numbers in 1..8 bits, not {v.dtype} in {bits}')
+    if v.numel() and int(v.max()) >> bits:
+        raise ValueError(f'{v.max().item()} does not fit in {bits} bits; choose a wider code')
     n, lead = v.shape[-1], v.shape[:-1]
     q = v.new_zeros(*lead, -(-n//8)*8); q[..., :n] = v
     q, p = q.view(*lead, -(-n//8), 8), v.new_zeros(*lead, -(-n//8), bits+1)
@@ -84,8 +88,10 @@ def unpack_bits(
     bits:int  # width of a number, 1..8
 ) -> Tensor:  # numbers [..., n], uint8
     "The numbers of packed rows; raises ValueError if rows of `n` numbers do not fit the bytes"
-    if p.dtype != torch.uint8 or not 1 <= bits <= 8: raise ValueError(f'unpack uint8 bytes in 1..8 bits, not {p.dtype} in {bits}')
-    if p.shape[-1] != -(-n*bits//8): raise ValueError(f'{n} numbers take {-(-n*bits//8)} bytes, not {p.shape[-1]}; check the row length')
+    if p.dtype != torch.uint8 or not 1 <= bits <= 8:
+        raise ValueError(f'unpack uint8 bytes in 1..8 bits, not {p.dtype} in {bits}')
+    if p.shape[-1] != -(-n*bits//8):
+        raise ValueError(f'{n} numbers take {-(-n*bits//8)} bytes, not {p.shape[-1]}; check the row length')
     lead, groups = p.shape[:-1], -(-n//8)
     q = p.new_zeros(*lead, groups*bits+1); q[..., :p.shape[-1]] = p
     v = p.new_empty(*lead, groups, 8)

@@ -79,6 +79,8 @@ class LM(nn.Module):
         super().__init__()
         self.config = c = config
         names = parse_layout(c.layout)
+        if not (c.dim >= 1 and c.vocab >= 2 and 1 <= c.dim*c.mlp_ratio < 2**24):
+            raise ValueError(f'a model of dim {c.dim}, vocab {c.vocab} and mlp_ratio {c.mlp_ratio} cannot be built; choose ordinary positive sizes')
         if (odd := [n for n in names if n not in MIXERS]):
             raise ValueError(f'unknown mixer {odd[0]!r} in the layout {c.layout!r}; there are {", ".join(MIXERS)}')
         self.embed = QuantEmbedding(c.vocab, c.dim, c.embed_code)
@@ -88,20 +90,20 @@ class LM(nn.Module):
         nn.init.normal_(self.head.weight, std=.01)
         if c.tied: self.embed.weight = self.head.weight
 
-    def forward(self,
-        ids:Tensor, # int64 [batch, time], each < vocab
-        state=None  # what an earlier call returned, to continue its text; None starts a new one
-    ) -> tuple:     # (logits float32 [batch, time, vocab], state)
-        "Predict the next token at every position"
-        x = _norm(self.embed(ids))
-        state = state or [None]*len(self.blocks)
-        new = []
-        for block, s in zip(self.blocks, state):
-            x, s = block(x, s)
-            new.append(s)
-        return self.head(_norm(x)).float(), new
+# %% ../nbs/41_model.ipynb #c014
+@patch
+def forward(self:LM,
+    ids:Tensor, # int64 [batch, time], each < vocab
+    state=None  # what an earlier call returned, to continue its text; None starts a new one
+) -> tuple:     # (logits float32 [batch, time, vocab], state)
+    "Predict the next token at every position"
+    x, new = _norm(self.embed(ids)), []
+    for block, s in zip(self.blocks, state or [None]*len(self.blocks)):
+        x, s = block(x, s)
+        new.append(s)
+    return self.head(_norm(x)).float(), new
 
-# %% ../nbs/41_model.ipynb #c018
+# %% ../nbs/41_model.ipynb #c019
 @patch
 def holdings(self:LM) -> list: # rows of (held as, tensors, weights, bytes)
     "How many weights are held in which way"
@@ -120,7 +122,7 @@ def n_params(self:LM) -> int: # shared weights count once
     "Number of parameters"
     return sum(p.numel() for p in self.parameters())
 
-# %% ../nbs/41_model.ipynb #c021
+# %% ../nbs/41_model.ipynb #c022
 @dataclass
 class Recipe:
     "A named way to make a model: its configuration and how it learns"
@@ -137,7 +139,7 @@ class Recipe:
         if odd: raise ValueError(f'no setting {sorted(odd)[0]!r}; a model has {", ".join(f.name for f in fields(LMConfig))}')
         return LMConfig(**self.model | changes)
 
-# %% ../nbs/41_model.ipynb #c022
+# %% ../nbs/41_model.ipynb #c023
 RECIPES:dict[str, Recipe] = {}
 
 def register_recipe(
@@ -154,14 +156,14 @@ def recipe(
     if name not in RECIPES: raise ValueError(f'unknown recipe {name!r}; choose one of {", ".join(RECIPES)}')
     return RECIPES[name]
 
-# %% ../nbs/41_model.ipynb #c023
+# %% ../nbs/41_model.ipynb #c024
 _SHAPE = dict(layout='GQA, CfC*3', dim=192)
 
-register_recipe(Recipe('q2', '2-bit matrices in four even levels, straight-through; Muon and AdamW', _SHAPE, dict(muon_lr=.03)))
+register_recipe(Recipe('q2', '2-bit matrices in four even levels, straight-through; Muon and AdamW', _SHAPE))
 register_recipe(Recipe('dense', 'the float32 twin of q2: same shape, every code off',
-    _SHAPE | dict(code=None, gate_code=None, embed_code=None), dict(muon_lr=.02)));
+    _SHAPE | dict(code=None, gate_code=None, embed_code=None), dict(adam_lr=.032)));
 
-# %% ../nbs/41_model.ipynb #c026
+# %% ../nbs/41_model.ipynb #c027
 @torch.no_grad()
 def looks_ahead(
     lm:nn.Module,   # a model obeying `LM.forward`

@@ -24,7 +24,7 @@ class Sampler:
     repetition_window:int = 64   # how many recent tokens count as used
 
     def __post_init__(self):
-        limits = dict(temperature=(0, None), top_k=(0, None), top_p=(0, 1), min_p=(0, 1), repetition_penalty=(1, None), repetition_window=(0, None))
+        limits = dict(temperature=(0, None), top_k=(0, None), top_p=(0, 1), min_p=(0, 1), repetition_penalty=(1, None), repetition_window=(1, None))
         for k,(low,high) in limits.items():
             v = getattr(self, k)
             if not v >= low or (high is not None and v > high) or (k == 'top_p' and v == 0):
@@ -70,13 +70,13 @@ def penalize(
 @patch
 def filter(self:Sampler,
     x:Tensor,             # logits [vocab]
-    recent:Tensor = None  # ids used lately [n]
+    recent:Tensor = None  # ids that count as used [n]
 ) -> Tensor:              # logits [vocab], -inf for what was removed
     "All controls in their order: penalty, temperature, top-k, top-p, min-p"
     x = x.float()
-    if recent is not None: x = penalize(x, recent[-self.repetition_window:] if self.repetition_window else recent[:0], self.repetition_penalty)
+    if recent is not None: x = penalize(x, recent, self.repetition_penalty)
     if self.temperature == 0: return keep_top_k(x, 1)
-    return keep_min_p(keep_top_p(keep_top_k(x/self.temperature, self.top_k), self.top_p), self.min_p)
+    return keep_min_p(keep_top_p(keep_top_k((x - x.max())/self.temperature, self.top_k), self.top_p), self.min_p)
 
 @patch
 def pick(self:Sampler,
@@ -104,9 +104,8 @@ def generate(
     g = torch.Generator().manual_seed(seed)
     ids, state = [tokenizer.bos, *tokenizer.encode(prompt).tolist()], None
     for piece in torch.tensor(ids, device=device).split(1024): logits, state = lm(piece[None], state)
-    recent = ids[1:]
-    for _ in range(tokens):
-        i = sampler.pick(logits[0, -1].cpu(), torch.tensor(recent[-max(1, sampler.repetition_window):], dtype=torch.int64), g)
-        recent.append(i)
-        yield tokenizer.decode([i])
-        logits, state = lm(torch.tensor([[i]], device=device), state)
+    for n in range(tokens):
+        if n: logits, state = lm(torch.tensor([ids[-1:]], device=device), state)
+        recent = torch.tensor(ids[1:][-sampler.repetition_window:], dtype=torch.int64)
+        ids.append(sampler.pick(logits[0, -1].cpu(), recent, g))
+        yield tokenizer.decode(ids[-1:])

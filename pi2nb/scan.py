@@ -84,6 +84,6 @@ def linear_scan(
     h0:Tensor = None,     # state before the first step [batch, channels]; zeros if None
     parallel:bool = None  # rounds instead of steps; None: steps on a CPU, rounds elsewhere
 ) -> Tensor:              # every state [batch, time, channels], float32 (float64 for float64 inputs)
-    "All states, the way that is fastest on this device, differentiable once; raises ValueError on shapes that do not fit"
+    "All states, the fastest way on this device, differentiable once; raises ValueError on shapes that do not fit"
     a, b, h0 = _checked(a, b, h0)
     return LinearScan.apply(a, b, h0, b.device.type != 'cpu' if parallel is None else parallel)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'configure', 'pick_device', 'pick_precision', 'Trainer', 'saved_config', 'twin_of', 'resume',
-           'Interrupted', 'report_text', 'train']
+           'Interrupted', 'report_text', 'check_new', 'train']
 
 # %% ../nbs/63_train.ipynb #c002
 import ast, io, json, math, signal, threading, time
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .quantlinear import frozen_copy
 from .tokenizer import ByteTokenizer
 from .corpus import Corpus, load_corpus, WindowSampler
@@ -23,7 +23,7 @@ from .sampler import Sampler, generate
 from .q2bn import save_model, load_model, write_atomic
 from .optim import make_optimizers, set_rate, trapezoid
 from .governor import DeadRunGuard
-from .evaluate import bits_per_byte, baselines, ngram_bits
+from .evaluate import bits_per_byte, baselines, unigram_nats
 
 # %% ../nbs/63_train.ipynb #c006
 @dataclass
@@ -31,15 +31,13 @@ class TrainConfig:
     "Everything that decides the result of a run"
     recipe:str = 'q2'            # a key of `RECIPES`
     data:str = 'shakespeare'     # what to learn, see chapter 32
-    steps:int = 1000             # optimizer steps
-    minutes:float|None = None    # train this long instead of `steps`
-    batch:int = 16               # windows per step
+    steps:int = 1200             # optimizer steps
+    minutes:float|None = None    # train this long instead; the result then depends on the machine's speed
+    batch:int = 8                # windows per step
     context:int = 256            # tokens per window
     seed:int = 0                 # of the initial weights and the order of the text
-    muon_lr:float = .03          # peak rate of Muon
+    muon_lr:float = .02          # peak rate of Muon
     adam_lr:float = 4e-3         # peak rate of AdamW
-    momentum:float = .95         # of Muon
-    ns_steps:int = 3             # Newton–Schulz iterations of Muon
     warmup:float = .03           # fraction of the run spent warming up
     cooldown:float = .6          # fraction of the run spent cooling down
     precision:str = 'auto'       # of activations: 'fp32', 'bf16', or what the machine does best
@@ -50,6 +48,16 @@ class TrainConfig:
     model:dict = field(default_factory=dict) # changes to the recipe's model
 
 # %% ../nbs/63_train.ipynb #c008
+def _sensible(cfg): # `cfg`, or ValueError about the first setting that cannot be meant
+    for k in ('steps', 'batch', 'context', 'log_every', 'eval_every', 'eval_bytes', 'save_every'):
+        if not 1 <= getattr(cfg, k) < 2**40: raise ValueError(f'{k} is {getattr(cfg, k)}; it must be at least 1, and of a sensible size')
+    for k in ('muon_lr', 'adam_lr', 'warmup', 'cooldown'):
+        if not 0 <= getattr(cfg, k) <= 1: raise ValueError(f'{k} is {getattr(cfg, k)}; it must lie between 0 and 1')
+    if cfg.minutes is not None and not 0 < cfg.minutes < 1e6: raise ValueError(f'minutes is {cfg.minutes}; it must be above 0 and below a million')
+    if not 0 <= cfg.seed < 2**32: raise ValueError(f'seed is {cfg.seed}; it must lie between 0 and 2**32 - 1')
+    if cfg.precision not in ('auto', 'fp32', 'bf16'): raise ValueError(f"precision is {cfg.precision!r}; choose 'auto', 'fp32' or 'bf16'")
+    return cfg
+
 def _typed(k, v, old): # `v`, read from text if need be, checked against the value it replaces
     if isinstance(v, str) and not isinstance(old, str):
         try: v = ast.literal_eval(v)
@@ -61,6 +69,7 @@ def _typed(k, v, old): # `v`, read from text if need be, checked against the val
     if not ok: raise ValueError(f'{k} is {v!r}; give a value like {old!r}')
     return v
 
+# %% ../nbs/63_train.ipynb #c009
 def configure(
     name:str = 'q2', # recipe
     **changes        # fields of `TrainConfig` or `LMConfig`; text is read as a Python value
@@ -68,26 +77,21 @@ def configure(
     "The settings of a run: defaults, then the recipe, then `changes`; raises ValueError on a setting that does not exist or fit"
     r, run = recipe(name), {f.name for f in fields(TrainConfig)} - {'model', 'recipe'}
     cfg = replace(TrainConfig(recipe=name), **r.learn)
-    shape = r.config().to_dict()
+    shape = {k: v for k,v in r.config().to_dict().items() if k != 'vocab'}   # the tokenizer decides that
     for k,v in changes.items():
         if k in run: setattr(cfg, k, _typed(k, v, getattr(cfg, k)))
         elif k in shape: cfg.model[k] = _typed(k, v, shape[k])
         else: raise ValueError(f'no setting {k!r}; there are {", ".join(sorted(run | shape.keys()))}')
-    small = [k for k in ('steps', 'batch', 'context', 'log_every', 'eval_every', 'eval_bytes', 'save_every', 'ns_steps') if getattr(cfg, k) < 1]
-    if small: raise ValueError(f'{small[0]} is {getattr(cfg, small[0])}; it must be at least 1')
-    if cfg.minutes is not None and cfg.minutes <= 0: raise ValueError(f'minutes is {cfg.minutes}; it must be above 0')
-    if cfg.precision not in ('auto', 'fp32', 'bf16'): raise ValueError(f"precision is {cfg.precision!r}; choose 'auto', 'fp32' or 'bf16'")
-    r.config(**cfg.model)
-    return cfg
+    return _sensible(cfg)
 
-# %% ../nbs/63_train.ipynb #c011
+# %% ../nbs/63_train.ipynb #c012
 def pick_device(
     name:str = 'auto' # 'auto', 'cpu', 'cuda' or any torch device
 ) -> torch.device:
     "The device to run on; raises ValueError if it is not there"
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try: d = torch.device(name); torch.empty(1, device=d)
-    except (RuntimeError, AssertionError): raise ValueError(f'no device {name!r} on this machine; use --device auto') from None
+    try: d = torch.device(name); torch.zeros(1, device=d).item()
+    except (RuntimeError, AssertionError, NotImplementedError): raise ValueError(f'no device {name!r} on this machine; use --device auto') from None
     return d
 
 def pick_precision(
@@ -96,11 +100,11 @@ def pick_precision(
 ) -> str:                # 'fp32' or 'bf16'
     "bf16 where the hardware multiplies it natively, else fp32"
     if name != 'auto': return name
-    if device.type == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported() else 'fp32'
+    if device.type == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
     has = [getattr(torch.cpu, f, lambda: False)() for f in ('_is_avx512_bf16_supported', '_is_amx_tile_supported')]
     return 'bf16' if device.type == 'cpu' and any(has) else 'fp32'
 
-# %% ../nbs/63_train.ipynb #c014
+# %% ../nbs/63_train.ipynb #c015
 class Trainer:
     "A run in progress"
     def __init__(self,
@@ -115,14 +119,13 @@ class Trainer:
         self.tok = ByteTokenizer()
         self.windows = WindowSampler(self.tok.encode(self.corpus.train), cfg.batch, cfg.context, cfg.seed)
         torch.manual_seed(cfg.seed)
-        self.lm = LM(recipe(cfg.recipe).config(**cfg.model)).to(self.device)
-        self.opts = make_optimizers(self.lm, cfg.muon_lr, cfg.adam_lr, cfg.momentum, cfg.ns_steps,
-            torch.bfloat16 if cfg.precision == 'bf16' else torch.float32)
-        unigram = ngram_bits(self.corpus.train, self.corpus.train, 1)*math.log(2)
+        self.lm = LM(recipe(cfg.recipe).config(**cfg.model, vocab=self.tok.vocab_size)).to(self.device)
+        self.opts = make_optimizers(self.lm, cfg.muon_lr, cfg.adam_lr, dtype=torch.bfloat16 if cfg.precision == 'bf16' else torch.float32)
+        unigram = unigram_nats(self.corpus.train)
         self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram)
-        self.step, self.elapsed, self.stopped, self.recent = 0, 0., False, []
+        self.step, self.elapsed, self.rate, self.stopped, self.recent = 0, 0., 0., False, []
 
-# %% ../nbs/63_train.ipynb #c016
+# %% ../nbs/63_train.ipynb #c017
 @patch(as_prop=True)
 def progress(self:Trainer): # how much of the run is done, 0..1
     return min(1., self.elapsed/60/self.cfg.minutes if self.cfg.minutes else self.step/self.cfg.steps)
@@ -131,7 +134,8 @@ def progress(self:Trainer): # how much of the run is done, 0..1
 def train_step(self:Trainer) -> tuple: # (loss in nats per token, gradient norm)
     "One optimizer step; raises `DeadRun` if the run is not learning"
     cfg, p = self.cfg, self.progress
-    set_rate(self.opts, trapezoid(p, cfg.warmup, cfg.cooldown))
+    self.rate = trapezoid(p, cfg.warmup, cfg.cooldown)
+    set_rate(self.opts, self.rate)
     x, y = (t.to(self.device) for t in self.windows.batch_at(self.step))
     with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == 'bf16'): logits, _ = self.lm(x)
     loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
@@ -143,46 +147,52 @@ def train_step(self:Trainer) -> tuple: # (loss in nats per token, gradient norm)
     self.step += 1
     return loss, norm
 
-# %% ../nbs/63_train.ipynb #c019
+# %% ../nbs/63_train.ipynb #c020
 @patch
 def save(self:Trainer):
     "Write DIR/checkpoint.pt atomically"
-    state = dict(cfg=asdict(self.cfg), corpus=self.corpus.sha256(), step=self.step, elapsed=self.elapsed, recent=self.recent,
+    state = dict(cfg=asdict(self.cfg), corpus=self.corpus.sha256(), device=str(self.device), threads=torch.get_num_threads(),
+                 step=self.step, elapsed=self.elapsed, recent=self.recent,
                  model=self.lm.state_dict(), opts=[o.state_dict() for o in self.opts], guard=self.guard.state_dict())
     self.out.mkdir(parents=True, exist_ok=True)
     torch.save(state, buf := io.BytesIO())
     write_atomic(self.out/'checkpoint.pt', buf.getvalue())
 
-# %% ../nbs/63_train.ipynb #c020
+# %% ../nbs/63_train.ipynb #c021
 def _read_checkpoint(out):
     path = Path(out)/'checkpoint.pt'
     if not path.exists(): raise FileNotFoundError(f'{out} holds no checkpoint to resume; start the run without --resume')
-    torch.serialization.add_safe_globals([torch.float32, torch.bfloat16])
-    try: return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception: raise ValueError(f'{path} is damaged; delete it and start the run again') from None
+    data = path.read_bytes()
+    try:
+        state = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+        return state | dict(cfg=TrainConfig(**state['cfg']))
+    except Exception: raise ValueError(f'{path} is damaged or of another version; delete it and start the run again') from None
 
 def saved_config(
     out:str|Path # folder of a run
 ) -> TrainConfig:
     "The settings of the run in that folder; raises an error if there is none"
-    return TrainConfig(**_read_checkpoint(out)['cfg'])
+    return _read_checkpoint(out)['cfg']
 
 def twin_of(
     cfg:TrainConfig # the settings of a run in a code
 ) -> TrainConfig:   # the same run in float32, with the learning rates of the dense recipe
     "The float32 twin of a run: same shape, same text, same steps"
-    same = {k: getattr(cfg, k) for k in ('data', 'steps', 'minutes', 'batch', 'context', 'seed', 'precision', 'log_every', 'eval_every', 'eval_bytes', 'save_every')}
+    if cfg.recipe == 'dense': raise ValueError('the recipe dense is its own twin; train another recipe, or leave out --twin')
+    same = {k: v for k,v in asdict(cfg).items() if k not in ('recipe', 'model', 'muon_lr', 'adam_lr')}
     shape = recipe(cfg.recipe).config(**cfg.model).to_dict()
-    return configure('dense', **same, **{k: v for k,v in shape.items() if not k.endswith('code')})
+    return configure('dense', **same, **{k: v for k,v in shape.items() if k != 'vocab' and not k.endswith('code')})
 
+# %% ../nbs/63_train.ipynb #c022
 def resume(
     out:str|Path,         # folder of the run
     corpus:Corpus = None, # the text, if it is at hand
-    device:str = 'auto'   # where to go on
+    device:str = None     # where to go on; None is where it was
 ) -> Trainer:
-    "The run of that folder, where its last checkpoint left it; raises an error if there is none or the text has changed"
+    "The run of that folder as its last checkpoint left it, with as many threads; raises an error if there is none or the text has changed"
     state = _read_checkpoint(out)
-    t = Trainer(TrainConfig(**state['cfg']), out, corpus, device)
+    torch.set_num_threads(state['threads'])
+    t = Trainer(state['cfg'], out, corpus, device or state['device'])
     if t.corpus.sha256() != state['corpus']: raise ValueError(f'the text {t.cfg.data!r} is not the one this run started with; start a new run')
     t.lm.load_state_dict(state['model'])
     for o,s in zip(t.opts, state['opts']): o.load_state_dict(s)
@@ -190,7 +200,7 @@ def resume(
     t.step, t.elapsed, t.recent = state['step'], state['elapsed'], state['recent']
     return t
 
-# %% ../nbs/63_train.ipynb #c022
+# %% ../nbs/63_train.ipynb #c024
 class Interrupted(Exception):
     "The run was asked to stop and has saved itself; the message says how to go on"
 
@@ -203,11 +213,15 @@ def _graceful(trainer): # SIGINT and SIGTERM ask the loop to stop after the curr
     try: yield
     finally: [signal.signal(s, h) for s,h in old.items()]
 
-# %% ../nbs/63_train.ipynb #c023
+# %% ../nbs/63_train.ipynb #c025
 @patch
-def log(self:Trainer, loss, norm, dt): # one line of metrics.jsonl
-    row = dict(step=self.step, loss=loss, bpb=loss/math.log(2), grad_norm=norm, rate=trapezoid(self.progress, self.cfg.warmup, self.cfg.cooldown),
-               tokens_per_s=self.cfg.log_every*self.cfg.batch*self.cfg.context/dt, elapsed=self.elapsed)
+def log(self:Trainer,
+    seconds:float # since the last line
+) -> dict:        # the line
+    "Add a line to metrics.jsonl: means since the last one, now and then a look at the validation text"
+    loss, norm = (sum(v)/len(v) for v in zip(*self.recent))
+    row = dict(step=self.step, loss=loss, bpb=loss/math.log(2), grad_norm=norm, rate=self.rate,
+               tokens_per_s=len(self.recent)*self.cfg.batch*self.cfg.context/seconds, elapsed=self.elapsed)
     if self.guard.changed: row['changed'] = sum(self.guard.changed.values())/len(self.guard.changed)
     if self.step % self.cfg.eval_every == 0 or self.progress >= 1: row['valid_bpb'] = self.evaluate()
     self.rows.append(row)
@@ -219,39 +233,45 @@ def evaluate(self:Trainer) -> float: # bits per byte
     "Score the beginning of the validation text with the weights as the file would hold them"
     return bits_per_byte(frozen_copy(self.lm), self.tok, self.corpus.valid[:self.cfg.eval_bytes], chunk=self.cfg.context, stride=self.cfg.context).bpb
 
-# %% ../nbs/63_train.ipynb #c024
+# %% ../nbs/63_train.ipynb #c026
 @patch
 def _open_log(self:Trainer): # keep the lines that a resumed run has already earned
     self.out.mkdir(parents=True, exist_ok=True)
     path, self.rows = self.out/'metrics.jsonl', []
-    if self.step and path.exists():
-        self.rows = [r for r in map(json.loads, path.read_text().splitlines()) if r['step'] <= self.step]
+    for line in path.read_text().splitlines() if self.step and path.exists() else ():
+        try: row = json.loads(line)
+        except ValueError: break                                       # a crash tore this line
+        if row['step'] <= self.step: self.rows.append(row)
     write_atomic(path, ''.join(json.dumps(r)+'\n' for r in self.rows).encode())
 
+@patch
+def _bar(self:Trainer, show): # a progress bar over steps or seconds
+    m = self.cfg.minutes
+    return tqdm(total=round(m*60) if m else self.cfg.steps, initial=round(self.elapsed) if m else self.step, disable=not show,
+                unit='s' if m else 'step', dynamic_ncols=True)
+
+# %% ../nbs/63_train.ipynb #c027
 @patch
 def fit(self:Trainer,
     show:bool = True # a progress bar on standard error
 ):
     "Train to the end; raises `Interrupted` if asked to stop, `DeadRun` if nothing is learned"
-    self._open_log()
-    cfg, clock, since = self.cfg, time.perf_counter()-self.elapsed, time.perf_counter()
-    bar = tqdm(total=cfg.minutes and round(cfg.minutes*60) or cfg.steps, initial=round(self.elapsed) if cfg.minutes else self.step,
-               disable=not show, unit='s' if cfg.minutes else 'step', dynamic_ncols=True)
-    with _graceful(self), bar:
+    self._open_log(); self.stopped = False
+    start = since = time.perf_counter(); start -= self.elapsed
+    with _graceful(self), self._bar(show) as bar:
         while self.progress < 1 and not self.stopped:
             self.recent.append(self.train_step())
-            self.elapsed = time.perf_counter()-clock
-            bar.update(round(min(self.elapsed, bar.total))-bar.n if cfg.minutes else 1)
-            if self.step % cfg.log_every == 0 or self.progress >= 1:
-                loss, norm = (sum(v)/len(v) for v in zip(*self.recent))
-                now = time.perf_counter(); row = self.log(loss, norm, now-since); since, self.recent = time.perf_counter(), []
-                bar.set_postfix_str(f"loss {loss:.3f} nats = {row['bpb']:.3f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s")
-            if self.step % cfg.save_every == 0: self.save()
+            self.elapsed = time.perf_counter()-start
+            bar.update(round(min(self.elapsed, bar.total))-bar.n if self.cfg.minutes else 1)
+            if 0 in (self.step % self.cfg.log_every, self.step % self.cfg.eval_every) or self.progress >= 1:
+                row = self.log(time.perf_counter()-since)
+                since, self.recent = time.perf_counter(), []
+                bar.set_postfix_str(f"loss {row['loss']:.3f} nats = {row['bpb']:.3f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s")
+            if self.step % self.cfg.save_every == 0: self.save()
     self.save()
-    if self.stopped and self.progress < 1:
-        raise Interrupted(f'stopped after step {self.step} of {cfg.steps} and saved; continue with: pi2 train --resume -o {self.out}')
+    if self.stopped: raise Interrupted(f'stopped after step {self.step} and saved')
 
-# %% ../nbs/63_train.ipynb #c029
+# %% ../nbs/63_train.ipynb #c032
 @patch
 def pack(self:Trainer) -> dict: # what was written, and the proof
     "Write DIR/model.q2bin, load it again and compare: the largest logit difference must be 0"
@@ -259,28 +279,30 @@ def pack(self:Trainer) -> dict: # what was written, and the proof
     save_model(self.lm, self.tok, path, dict(trained=dict(recipe=cfg.recipe, data=self.corpus.name, text=self.corpus.sha256(), steps=self.step, seed=cfg.seed)))
     back, _, _ = load_model(path, device=self.device)
     x, _ = self.windows.batch_at(0)
-    with torch.inference_mode(): gap = (self.lm(x.to(self.device))[0] - back(x.to(self.device))[0]).abs().max().item()
+    gap, x = 0., x.to(self.device)
+    for half in {False, cfg.precision == 'bf16'}:                      # as it scores, and as it trained
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            gap = max(gap, (self.lm(x)[0] - back(x)[0]).abs().max().item())
+    if gap != 0: raise ValueError(f'{path} does not reproduce the model that was trained: the logits differ by {gap}; please report this')
     self.back = back
     return dict(path=str(path), bytes=path.stat().st_size, logit_gap=gap)
 
-# %% ../nbs/63_train.ipynb #c032
+# %% ../nbs/63_train.ipynb #c035
 @patch
 def finish(self:Trainer,
     only=None # names of baselines to compute; None for all
 ) -> dict:    # everything in the report
     "Pack, prove, score on the test text beside the baselines, sample, plot; also written to DIR/report.json"
     file, lm, held = self.pack(), self.back, self.corpus.test
-    rows = lm.holdings()
-    wide = sum(r[3] for r in rows if r[0] != 'q2')
     rep = dict(recipe=self.cfg.recipe, corpus=self.corpus.name, train_bytes=len(self.corpus.train), valid_bytes=len(self.corpus.valid), test_bytes=len(held),
-        seed=self.cfg.seed, steps=self.step, seconds=self.elapsed, precision=self.cfg.precision, device=str(self.device), params=lm.n_params(), layout=lm.config.layout,
-        bits_per_weight=lm.bits_per_weight(), holdings=rows, **file, test_bpb=bits_per_byte(lm, self.tok, held).bpb, baselines=baselines(self.corpus.train, held, only=only))
+        seed=self.cfg.seed, steps=self.step, seconds=self.elapsed, precision=self.cfg.precision, device=str(self.device), threads=torch.get_num_threads(), params=lm.n_params(), layout=lm.config.layout,
+        bits_per_weight=lm.bits_per_weight(), holdings=lm.holdings(), **file, test_bpb=bits_per_byte(lm, self.tok, held).bpb, baselines=baselines(self.corpus.train, held, only=only))
     rep['sample'] = b''.join(generate(lm, self.tok, '', 300, Sampler(temperature=.7, min_p=.02), seed=self.cfg.seed)).decode('utf-8', 'replace')
     write_atomic(self.out/'report.json', json.dumps(rep, indent=1).encode())
     self.plot(rep)
     return rep
 
-# %% ../nbs/63_train.ipynb #c033
+# %% ../nbs/63_train.ipynb #c036
 @patch
 def plot(self:Trainer, rep):
     "DIR/loss.png: training and validation in bits per byte, with the baselines drawn in"
@@ -295,7 +317,7 @@ def plot(self:Trainer, rep):
     fig.savefig(buf := io.BytesIO(), format='png')
     write_atomic(self.out/'loss.png', buf.getvalue())
 
-# %% ../nbs/63_train.ipynb #c035
+# %% ../nbs/63_train.ipynb #c038
 def report_text(
     rep:dict,         # as `Trainer.finish` made it
     twin:dict = None  # the report of the dense twin, if it was trained too
@@ -303,7 +325,7 @@ def report_text(
     "The report of a run as text"
     scores = rep['baselines'] | {f"this model ({rep['recipe']})": rep['test_bpb']} | ({'its float32 twin': twin['test_bpb']} if twin else {})
     width = max(map(len, scores))
-    lines = [f"corpus    {rep['corpus']}: {rep['train_bytes']:,} bytes to learn from, {rep['test_bytes']:,} held out for this test",
+    lines = [f"corpus    {rep['corpus']}: {rep['train_bytes']:,} bytes to learn from, {rep['valid_bytes']:,} to watch, {rep['test_bytes']:,} held out for this test",
         f"model     {rep['recipe']}, {rep['layout']}: {rep['params']:,} parameters, {rep['bits_per_weight']:.2f} bits per weight with scales",
         *(f'          {n:10,} weights held in {k:8} {b:9,} bytes' for k,_,n,b in rep['holdings']),
         f"training  {rep['steps']} steps in {rep['seconds']:.0f} s on {rep['device']} ({rep['precision']})", '',
@@ -313,7 +335,15 @@ def report_text(
         'it writes', *('  | '+l for l in rep['sample'].strip('\n').split('\n'))]
     return '\n'.join(lines)
 
-# %% ../nbs/63_train.ipynb #c038
+# %% ../nbs/63_train.ipynb #c041
+def check_new(
+    out:str|Path # folder for a new run
+):
+    "Raise FileExistsError if a run, or something else, is there already"
+    if (Path(out)/'checkpoint.pt').exists():
+        raise FileExistsError(f'{out} already holds a run; continue it with --resume, or choose another folder with --output')
+    if Path(out).exists() and not Path(out).is_dir(): raise FileExistsError(f'{out} is a file; choose another folder with --output')
+
 def train(
     cfg:TrainConfig,       # as `configure` makes them
     out:str|Path,          # folder of the run; must not hold another run
@@ -323,8 +353,7 @@ def train(
     only=None              # baselines to compute; None for all
 ) -> dict:                 # the report
     "Start a run and take it to its report; raises FileExistsError rather than overwrite a run"
-    if (Path(out)/'checkpoint.pt').exists():
-        raise FileExistsError(f'{out} already holds a run; continue it with --resume, or choose another folder with --output')
+    check_new(out)
     t = Trainer(cfg, out, corpus, device)
     t.fit(show)
     return t.finish(only)

@@ -17,7 +17,9 @@ def run(nb, work, tmp_path):
     "Run the notebook `nb` of the project copy `work` as `nbdev_test` does -> what went wrong, or ''"
     tmp, before = tmp_path/'tmp', tree(work)
     tmp.mkdir()
-    env = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', TQDM_DISABLE='1', TMPDIR=str(tmp), HF_HOME=str(tmp/'hf'), HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1')
+    path = os.pathsep.join([str(work), os.environ.get('PYTHONPATH', '')]).rstrip(os.pathsep)  # for commands that a chapter starts
+    env = os.environ | dict(PYTHONPATH=path, OMP_NUM_THREADS='1', MPLBACKEND='agg', TQDM_DISABLE='1',
+                            TMPDIR=str(tmp), HF_HOME=str(tmp/'hf'), HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1')
     try: r = subprocess.run([sys.executable, '-c', RUN, str(work/'nbs'/nb)], cwd=work, env=env, text=True, errors='replace', timeout=LIMIT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except subprocess.TimeoutExpired as e: return f'{nb} took more than {LIMIT} s\n{tail(e.stdout or "")}'

@@ -87,7 +87,7 @@ def test_v2_takes_our_code(seed, lv):
     lambda: v2_bytes({'w': coded(INT6, 2, 4)}), lambda: v2_bytes({'b': coded(GROUPED, 2, 8)}), lambda: v2_bytes({'b': 'w', 'w': W}),
     lambda: v2_bytes({'w': 'w'}), lambda: v2_bytes({'w': W*float('nan')}), lambda: v2_bytes({'w': torch.full((2, 2), 1e9)}),
     lambda: v2_bytes({'w': torch.tensor([1e9])}), lambda: v2_bytes({'w': torch.zeros(0, 3)}), lambda: v2_bytes({'w': 3.}),
-    lambda: v2_codebook('best'), lambda: v2_codebook((1, 2)), lambda: v2_codebook((3., 2., 1., 0.)), lambda: v2_codebook(7)])
+    lambda: v2_bytes({'': W}), lambda: v2_bytes({'\ud800': W}), lambda: v2_bytes({7: W}), lambda: v2_codebook('best'), lambda: v2_codebook(['text'])])
 def test_v2_refuses_to_write(make):
     with pytest.raises(ValueError) as e: make()
     assert '\n' not in str(e.value)
@@ -99,7 +99,7 @@ def v2_rec(name, shape, flag, data, n=None):
 
 @pytest.mark.parametrize('rec, words', [
     (v2_rec(b'w', (1, 4), 0, b'\0\x3c\xff', 2**60), 'promised'), (v2_rec(b'w', (2**32-1,)*8, 0, b'\0\x3c\xff'), 'takes'),
-    (v2_rec(b'w', (1, 4), 0, b'\0\x7c\xff'), 'NaN or infinity'), (v2_rec(b'w', (1, 3), 0, b'\0\x3c\xff'), 'fill bits'),
+    (v2_rec(b'w', (1, 4), 0, b'\0\x7c\xff'), 'NaN or infinity'), (v2_rec(b'w', (1, 4), 0, b'\0\0\xff'), 'a scale of w is zero'), (v2_rec(b'w', (1, 3), 0, b'\0\x3c\xff'), 'fill bits'),
     (v2_rec(b'w', (4,), 0, b'\0\x3c\xff'), 'unknown kind'), (v2_rec(b'w', (4,), 3, b''), 'unknown kind'), (v2_rec(b'w', (0, 4), 0, b''), 'zeros'),
     (v2_rec(b'w', (1,)*9, 1, b'\0\x3c'), 'at most 8'), (v2_rec(b'w', (2,), 1, b'\0\x3c\0\x7e'), 'NaN or infinity'), (v2_rec(b'', (1,), 1, b'\0\x3c'), 'name'),
     (v2_rec(b'\xff', (1,), 1, b'\0\x3c'), 'name'), (v2_rec(b'w', (1,), 1, b'\0\x3c')*2, 'twice'), (v2_rec(b'a', (1,), 2, b'\0\0\0\1b'), 'before'),
@@ -107,6 +107,13 @@ def v2_rec(name, shape, flag, data, n=None):
     (v2_rec(b'a', (1,), 1, b'\0\x3c') + v2_rec(b'b', (1,), 2, b'\0\0\0\1a!'), 'does not fit'), (b'', 'no records'), (b'\xff\xff\xff\xff', 'promised')])
 def test_v2_refuses_to_read(rec, words):
     with pytest.raises(Q2BNError, match=words): v2_parse(b'Q2BN\2' + rec)
+
+
+def test_v2_becomes_v3():
+    state = v2_parse(GOLDEN)
+    got, meta = q2bn_parse(q2bn_bytes(state))
+    same(state, got)
+    assert Codebook.from_dict(meta['codes']['q2-v2']) == v2_codebook()
 
 
 def test_v2_alias_of_alias_leads_to_the_tensor():
@@ -133,6 +140,8 @@ def test_v3_round_trip():
     data = q2bn_bytes(state, meta)
     got, m = q2bn_parse(data)
     same(state, got)
+    plain = decode_state(got)
+    assert plain['head'] is plain['embed'] and torch.equal(plain['a.weight'], state['a.weight'].decode())
     assert {k: m[k] for k in meta} == meta and set(m['codes']) == {'q2', 'q2-g4', 'int6', 'ternary'}
     assert q2bn_bytes(got, m) == data == q2bn_bytes(small_state(), dict(reversed(meta.items())))
 
@@ -190,6 +199,10 @@ def test_every_cut_and_every_extension_is_refused():
     ({'w': torch.ones(1)}, {'x'*(1 << 25): 1}), ({'w': Coded(Q2, torch.zeros(1, 4).byte(), torch.tensor([[float('inf')]]).half(), (1, 4))}, {}),
     ({'w': Coded(INT6, torch.full((1, 4), 63).byte(), torch.ones(1, 1).half(), (1, 4))}, {}),
     ({'w': Coded(Q2, torch.zeros(1, 4).byte(), torch.ones(1, 1).half(), (1, 5))}, {}),
+    ({'w': Coded(Q2, torch.zeros(1, 4).byte(), torch.ones(1, 1).double(), (1, 4))}, {}), ({'w': Coded(Q2, torch.zeros(1, 4).byte(), torch.zeros(1, 1).half(), (1, 4))}, {}),
+    ({'w': Coded(GROUPED, torch.zeros(2, 16).byte(), torch.ones(4, 2).half(), (2, 16))}, {}), ({'w': W.numpy()}, {}), ({7: torch.ones(1)}, {}),
+    ({'\ud800': torch.ones(1)}, {}), ({'w': coded(Codebook('float32', Q2.levels, Q2.cuts, 'rms', 1.), 2, 4)}, {}),
+    ({'w': coded(Codebook('a\n', Q2.levels, Q2.cuts, 'rms', 1.), 2, 4)}, {}), ({'w': coded(Codebook('x', (0., 1., 2., 3.), (5., 6., 7.), 'rms', 1.), 2, 4)}, {}),
     ({'w': coded(Q2, 2, 4), 'v': coded(Codebook('q2', (0., 1.), (.5,), 'rms', 1.), 2, 4)}, {})])
 def test_what_cannot_be_read_is_not_written(state, meta, tmp_path):
     with pytest.raises(ValueError) as e: write_q2bn(tmp_path/'f', state, meta)
@@ -250,7 +263,10 @@ def book(**kw): return {**Q2.to_dict(), **kw}
     {'q2': book(levels=[-1, 0, 1, 1e300])}, {'q2': book(levels=[1, 0, 2, 3])}, {'q2': book(levels=[True, 2, 3, 4])}, {'q2': book(cuts=[0])},
     {'q2': book(name='q3')}, {'q2': book(name=['q2'])}, {'q2': book(group=-1)}, {'q2': book(group=1.5)}, {'q2': book(group=10**30)}, {'q2': book(rule='best')},
     {'q2': book(rule=['rms'])}, {'q2': book(factor='x')}, {'q2': book(doc=5)}, {'q2': book(more=1)}, {'q2': book(), 'spare': book(name='spare')},
-    {'q2': {k: v for k,v in book().items() if k != 'doc'}}, {'q2': book(levels=list(range(300)), cuts=[x+.5 for x in range(299)])}])
+    {'q2': {k: v for k,v in book().items() if k != 'doc'}}, {'q2': book(levels=list(range(300)), cuts=[x+.5 for x in range(299)])},
+    {'q2': book(factor=0.)}, {'q2': book(factor=-1.)}, {'q2': book(factor=True)}, {'q2': book(factor=10**400)}, {'q2': book(group=False)}, {'q2': book(group=0.)},
+    {'q2': book(levels=[-2, -1, 1, 2])}, {'q2': book(levels=[-9., -8., -7., -6.])}, {'q2': book(levels=dict(first=-1.5, step=1., count=4))},
+    {'q2': book(doc=eval('['*90 + ']'*90))}, {f'q{i}': book(name=f'q{i}') for i in range(300)}])
 def test_bad_code_books(codes):
     data = q2bn_bytes({'w': coded(Q2, 2, 4)})
     assert remeta(data, q._meta_bytes({'codes': {'q2': Q2.to_dict()}})) == data
@@ -263,6 +279,24 @@ def test_bad_code_books(codes):
 def test_bad_meta_text(change):
     data = q2bn_bytes({'w': coded(Q2, 2, 4)})
     assert refused(remeta(data, change(q._meta_bytes({'codes': {'q2': Q2.to_dict()}}))))
+
+
+@pytest.mark.parametrize('change', [
+    lambda d: d, lambda d: [*range(-127, 128)], lambda d: [float(x) for x in range(-127, 128)], lambda d: {**d, 'count': 10**15}, lambda d: {**d, 'count': 255.}, lambda d: {**d, 'count': 254},
+    lambda d: {**d, 'count': -1}, lambda d: {**d, 'step': 0.}, lambda d: {**d, 'step': 1}, lambda d: {**d, 'step': -1.}, lambda d: {**d, 'step': 1e308}, lambda d: {**d, 'first': 'x'},
+    lambda d: {**d, 'more': 1}, lambda d: {'count': 255}])
+def test_evenly_spaced_levels_are_written_in_one_way(change):
+    code = codebook('int8')
+    good, data = code.to_dict(), q2bn_bytes({'w': coded(code, 2, 4)})
+    assert good['levels'] == dict(first=-127., step=1., count=255)
+    levels = change(good['levels'])
+    with little_memory(256 << 20): assert refused(remeta(data, q._meta_bytes({'codes': {'int8': {**good, 'levels': levels}}}))) == (levels != good['levels'] or repr(levels) != repr(good['levels']))
+
+
+def test_a_code_book_cannot_hide_behind_a_kind():
+    "A spare code book with the name of a plain kind counts as unused"
+    data = q2bn_bytes({'w': torch.ones(3), 'v': 'w'})
+    for name in ('float32', 'alias'): assert refused(remeta(data, q._meta_bytes({'codes': {name: book(name=name)}})))
 
 
 def test_two_names_and_spare_records():
@@ -411,6 +445,8 @@ def test_report(tmp_path):
     t = str(r)
     assert '9 checksums good' in t and 'hello' in t and '= embed' in t and 'a.weight' in t and 'bits each' in t
     assert next(x for x in r.records if x.name == 'b').streams == {'scales': 8, 'symbols': 4}
+    write_q2bn(tmp_path/'a.q2bin', {'w': torch.ones(1)}, {'\x1b[2J\n\ud800': '\x1b\u202e'})
+    assert all(x.isprintable() for x in str(inspect_q2bn(tmp_path/'a.q2bin')).split('\n'))
 
 
 # ---- a model in a file
@@ -452,6 +488,31 @@ def test_lying_configurations(model, change, tmp_path):
     write_q2bn(tmp_path/'m', state, {**meta, 'config': {**meta['config'], **change}})
     with little_memory(512 << 20), pytest.raises(Q2BNError) as e: q.load_model(tmp_path/'m')
     assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('change', [dict(window=1.5), dict(window=True), dict(tied=0), dict(code=7), dict(code=False), dict(gate_code={}), dict(embed_code=[]), dict(vocab=17)])
+def test_configurations_that_would_only_fail_later(model, change, tmp_path):
+    from pi2nb.model import LM, LMConfig
+    vocab = change.get('vocab', 256)
+    lm = LM(LMConfig(layout='GQA, CfC', dim=32, heads=2, kv_heads=1, window=16, vocab=vocab, code=None, gate_code=None, embed_code=None))
+    q.save_model(lm, model[1], tmp_path/'m')
+    state, meta = read_q2bn(tmp_path/'m')
+    write_q2bn(tmp_path/'m', state, {**meta, 'config': {**meta['config'], **change}})
+    with pytest.raises(Q2BNError): q.load_model(tmp_path/'m')
+
+def test_the_file_says_what_its_symbols_mean(model, tmp_path):
+    "Also in a head that shares its weights with the embedding: the code books of the file, not of the library"
+    from dataclasses import replace
+    from pi2nb.model import LM, LMConfig
+    q.save_model(LM(LMConfig(layout='CfC', dim=32, tied=True)), model[1], tmp_path/'m')
+    state, meta = read_q2bn(tmp_path/'m')
+    name, code = next((k, v.code) for k,v in state.items() if isinstance(v, Coded) and v.code.name == 'int8')
+    new = replace(code, levels=tuple(2*x for x in code.levels), cuts=tuple(2*x for x in code.cuts), doc='twice')
+    state = {k: Coded(new, v.z, v.s, v.shape) if isinstance(v, Coded) and v.code == code else v for k,v in state.items()}
+    write_q2bn(tmp_path/'n', state, meta)
+    lm = q.load_model(tmp_path/'n')[0]
+    assert lm.head.code == lm.embed.code == new and torch.equal(lm.head.weight, state[name].decode())
+    q.save_model(lm, model[1], tmp_path/'o')
+    assert (tmp_path/'n').read_bytes() == (tmp_path/'o').read_bytes()
 
 @pytest.mark.parametrize('gone', [dict(config=None), dict(config=[]), dict(config={'dim': 1}), dict(tokenizer=None), dict(tokenizer={'name': 'x'}), dict(tokenizer=3)])
 def test_files_without_a_model(model, gone, tmp_path):

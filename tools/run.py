@@ -59,7 +59,7 @@ def run(path, flags=()):
         return True
     skip = set(cfg.tst_flags.split()) - set(flags)
     sys.path.insert(0, str(cfg.config_path))
-    os.environ['IN_TEST'] = '1'
+    os.environ |= dict(IN_TEST='1', PYTHONPATH=os.pathsep.join([str(cfg.config_path), os.environ.get('PYTHONPATH', '')]).rstrip(os.pathsep))
     shell, start, times = CaptureShell(mpl_format='png'), time.time(), []
     for i, cell in enumerate(nb.cells):
         if skipped(cell, skip): continue
