@@ -6,10 +6,9 @@
 __all__ = ['environment', 'write_record', 'run_grid']
 
 # %% ../nbs/72_benchmarks.ipynb #c002
-import hashlib, json, os, platform, subprocess, tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import hashlib, json, os, platform, subprocess, sys, tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 import torch
 import pi2nb
@@ -37,7 +36,7 @@ def write_record(
     write_atomic(path, json.dumps(environment() | dict(seeds=seeds, wall_s=wall_s) | figures, indent=1).encode())
 
 # %% ../nbs/72_benchmarks.ipynb #c009
-def _grid_job(changes): # one run of a grid, in a process of its own
+def _grid_job(changes): # one run of a grid
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as d:
         t = Trainer(configure(**changes), d)
@@ -47,6 +46,13 @@ def _grid_job(changes): # one run of a grid, in a process of its own
     return dict(commit=environment()['commit'], settings=asdict(t.cfg), **{k: rep[k] for k in kept}, sha256=hashlib.sha256(file).hexdigest(),
         train=[(r['step'], r['bpb']) for r in t.rows], valid=[(r['step'], r['valid_bpb']) for r in t.rows if 'valid_bpb' in r])
 
+def _in_own_process(changes): # `_grid_job` with one thread, in a fresh interpreter
+    ask = 'import json, sys; from pi2nb.benchmarks import _grid_job; print(json.dumps(_grid_job(json.loads(sys.argv[1]))))'
+    r = subprocess.run([sys.executable, '-c', ask, json.dumps(changes)], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    if r.returncode: raise RuntimeError(f'a run failed: {r.stderr.strip().splitlines()[-1]}')
+    return json.loads(r.stdout.splitlines()[-1])
+
+# %% ../nbs/72_benchmarks.ipynb #c010
 def run_grid(
     path:str|Path,  # JSON file that collects the runs
     jobs:dict,      # name -> settings for `configure`, with the recipe as `name`
@@ -55,8 +61,8 @@ def run_grid(
     "Make the runs that the file does not hold yet"
     runs = json.loads(Path(path).read_text())['runs'] if Path(path).exists() else {}
     todo = {k: v for k,v in jobs.items() if runs.get(k, {}).get('asked') != v}
-    with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
-        futures = {pool.submit(_grid_job, v): k for k,v in todo.items()}
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(_in_own_process, v): k for k,v in todo.items()}
         for f in as_completed(futures):
             k = futures[f]
             runs[k] = dict(asked=todo[k], **f.result())

@@ -22,6 +22,7 @@ class Codebook:
     rule:str             # scale rule: 'rms' (root mean square) or 'absmax' (largest magnitude)
     factor:float         # the scale is `factor` times what the rule measures
     group:int = 0        # weights that share one scale; 0 means a whole row
+    digits:int = 11      # significant binary digits of a scale; float16 has 11
     doc:str = ''         # one line for people
 
 # %% ../nbs/10_codebook.ipynb #c010
@@ -35,6 +36,13 @@ def step(self:Codebook): # distance between neighbouring levels if they are even
     return gaps.pop() if len(gaps) == 1 else None
 
 # %% ../nbs/10_codebook.ipynb #c013
+def _shorten(s, digits, up): # positive float32 with that many significant binary digits: the next above, or the nearest
+    gone = (1 << 24-digits) - 1                                  # the last bits of the 24 that float32 has
+    i = s.view(torch.int32)
+    i = i + (gone if up else (gone >> 1) + (i >> 24-digits & 1)) # nearest, ties to even
+    return (i & ~gone).view(torch.float32)
+
+# %% ../nbs/10_codebook.ipynb #c014
 _TINY = 2.**-14  # the smallest normal float16: an all-zero row still has a scale to divide by
 
 @patch
@@ -44,14 +52,15 @@ def scale(self:Codebook,
     "The stored scale of each row or group of `w`; raises ValueError if `group` does not divide the columns"
     rows, cols = w.shape
     g = self.group or max(cols, 1)
-    if cols % g: raise ValueError(f'{cols} columns do not divide into groups of {g}; choose a group that divides them, or 0 for whole rows')
+    if cols % g:
+        raise ValueError(f'{cols} columns do not divide into groups of {g}; choose another group, or 0 for whole rows')
     w = w.float().view(rows, cols//g, g)
     m = w.square().mean(-1).sqrt() if self.rule == 'rms' else w.abs().amax(-1)
-    return (m*self.factor).clamp_(min=_TINY).half()
+    return _shorten((m*self.factor).clamp_(min=_TINY), self.digits, self.rule == 'absmax').half()
 
-# %% ../nbs/10_codebook.ipynb #c017
+# %% ../nbs/10_codebook.ipynb #c018
 @patch
-def _split(self:Codebook, w, s): # -> w in units of its scale [rows, groups, group], and the scale [rows, groups, 1], float32
+def _split(self:Codebook, w, s): # -> w/s [rows, groups, group], and s [rows, groups, 1], float32
     s = s.float().unsqueeze(-1)
     return w.float().view(*s.shape[:2], -1)/s, s
 
@@ -66,7 +75,7 @@ def _values(self:Codebook, k): # the level of each (float) symbol, in units of t
     if (d := self.step) is None: return torch.tensor(self.levels, device=k.device)[k.long()]
     return k*d + self.levels[0]
 
-# %% ../nbs/10_codebook.ipynb #c018
+# %% ../nbs/10_codebook.ipynb #c019
 @patch
 def encode(self:Codebook,
     w:Tensor, # weights [rows, cols]
@@ -92,15 +101,17 @@ def __call__(self:Codebook,
     x, s = self._split(w, h := self.scale(w))
     return (self._values(self._symbols(x))*s).view(w.shape), h
 
-# %% ../nbs/10_codebook.ipynb #c031
-def _ints(n): return tuple(float(i) for i in range(-n, n+1)), tuple(i-.5 for i in range(-n+1, n+1)) # levels -n..n, cuts half-way
+# %% ../nbs/10_codebook.ipynb #c033
+def _ints(n): # levels -n..n, cuts half-way between them
+    levels = tuple(float(i) for i in range(-n, n+1))
+    return levels, tuple(v+.5 for v in levels[:-1])
 
 _Q2 = (-1.5, -.5, .5, 1.5), (-1., 0., 1.)
 CODES = {c.name: c for c in (
-    Codebook('q2', *_Q2, 'rms', .996, doc='four even levels, least error on a bell curve'),
-    Codebook('q2-quartile', *_Q2, 'rms', .67449, doc="the Q2 document's code: four equally frequent symbols"),
-    Codebook('int6', *_ints(31), 'absmax', 1/31, doc='63 integers, largest weight of the row = 31'),
-    Codebook('int8', *_ints(127), 'absmax', 1/127, doc='255 integers, largest weight of the row = 127'),
+    Codebook('q2', *_Q2, 'rms', .996, digits=6, doc='four even levels, least error on a bell curve'),
+    Codebook('q2-quartile', *_Q2, 'rms', .67449, digits=6, doc="the Q2 document's code: four equally frequent symbols"),
+    Codebook('int6', *_ints(31), 'absmax', 1/31, digits=3, doc='63 integers, no weight of the row beyond the last'),
+    Codebook('int8', *_ints(127), 'absmax', 1/127, digits=1, doc='255 integers times a power of two, no weight of the row beyond the last'),
 )}
 
 def codebook(
@@ -110,7 +121,7 @@ def codebook(
     if name not in CODES: raise ValueError(f'unknown code {name!r}; choose one of {", ".join(CODES)}')
     return CODES[name]
 
-# %% ../nbs/10_codebook.ipynb #c038
+# %% ../nbs/10_codebook.ipynb #c042
 @dataclass(frozen=True)
 class Coded:
     "A tensor held in a code: everything needed to write it down and read it back"
@@ -131,12 +142,14 @@ def hold(
     "Put `w` in a code; raises ValueError on fewer than two dimensions, NaN, infinity, or a scale beyond float16"
     if w.ndim < 2: raise ValueError(f'a code holds matrices, not a tensor of shape {tuple(w.shape)}; keep it as floats')
     m = w.detach().reshape(w.shape[0], prod(w.shape[1:]))
-    if not m.isfinite().all(): raise ValueError('the weights hold NaN or infinity; no code can store them, look at the training run')
+    if not m.isfinite().all():
+        raise ValueError('the weights hold NaN or infinity; no code can store them, look at the training run')
     s = code.scale(m) if s is None else s
-    if not s.isfinite().all(): raise ValueError('a row of weights is too large for a float16 scale (65504); rescale the layer')
+    if not s.isfinite().all():
+        raise ValueError('a row of weights is too large for a float16 scale (65504); rescale the layer')
     return Coded(code, code.encode(m, s), s, tuple(w.shape))
 
-# %% ../nbs/10_codebook.ipynb #c043
+# %% ../nbs/10_codebook.ipynb #c047
 def _plain(t): # numbers -> a list, or first, step and count if they are many and evenly spaced
     t = [float(x) for x in t]
     even = dict(first=t[0], step=t[1]-t[0], count=len(t)) if len(t) > 8 else t
@@ -152,17 +165,17 @@ def to_dict(self:Codebook) -> dict:
     "Plain data, ready for JSON"
     return asdict(self) | dict(levels=_plain(self.levels), cuts=_plain(self.cuts))
 
-# %% ../nbs/10_codebook.ipynb #c044
+# %% ../nbs/10_codebook.ipynb #c048
 @patch(cls_method=True)
 def from_dict(cls:Codebook,
     d:dict # as `to_dict` made it
 ) -> Codebook:
     "The code book again; raises ValueError if levels and cuts do not fit together"
     lv, cuts = _numbers(d['levels']), _numbers(d['cuts'])
-    c = cls(**d | dict(levels=lv, cuts=cuts, factor=float(d['factor']), group=int(d['group'])))
+    c = cls(**d | dict(levels=lv, cuts=cuts, factor=float(d['factor']), group=int(d['group']), digits=int(d['digits'])))
     rises = all(list(t) == sorted(set(t)) for t in (lv, cuts)) and all(a <= b <= c for a,b,c in zip(lv, cuts, lv[1:]))
     if not (rises and 2 <= len(lv) <= 256 and len(cuts) == len(lv)-1):
         raise ValueError(f'code book {c.name!r} is damaged: levels and cuts must ascend, one cut between neighbours')
-    if c.rule not in ('rms', 'absmax') or c.factor <= 0 or c.group < 0:
+    if c.rule not in ('rms', 'absmax') or c.factor <= 0 or c.group < 0 or not 1 <= c.digits <= 11:
         raise ValueError(f'code book {c.name!r} is damaged: its scale rule is not one')
     return c

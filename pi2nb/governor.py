@@ -51,6 +51,9 @@ class DeadRunGuard:
 
 # %% ../nbs/61_governor.ipynb #c009
 @patch
+def _dead(self:DeadRunGuard, what): return DeadRun(f'step {self.step}: {what}')
+
+@patch
 def check(self:DeadRunGuard,
     loss:float,      # of this step, nats per token
     grad_norm:float, # of this step
@@ -58,10 +61,10 @@ def check(self:DeadRunGuard,
 ):
     "Look at one step; raises `DeadRun` with one sentence if the run is dead"
     self.step += 1
-    if not isfinite(loss): raise DeadRun(f'step {self.step}: the loss is {loss}; lower the learning rates, or look for bad data')
-    if not isfinite(grad_norm): raise DeadRun(f'step {self.step}: the gradient norm is {grad_norm}; lower the learning rates')
+    if not isfinite(loss): raise self._dead(f'the loss is {loss}; lower the learning rates, or look for bad data')
+    if not isfinite(grad_norm): raise self._dead(f'the gradient norm is {grad_norm}; lower the learning rates')
     self.silent = self.silent + 1 if grad_norm == 0 else 0
-    if self.silent >= 5: raise DeadRun(f'step {self.step}: the gradient has been exactly zero for 5 steps; no gradient reaches the weights')
+    if self.silent >= 5: raise self._dead('the gradient has been exactly zero for 5 steps; look for a detached layer')
     self.mean = loss if self.mean is None else .95*self.mean + .05*loss
     if self.step >= self.patience and self.step % self.patience == 0: self._look(progress)
 
@@ -70,13 +73,16 @@ def check(self:DeadRunGuard,
 def _look(self:DeadRunGuard, progress): # the slower checks, every `patience` steps
     self.changed = changed_fraction(self.start, symbol_sample(self.model))
     frozen = [k for k,v in self.changed.items() if v == 0]
-    if frozen: raise DeadRun(f'step {self.step}: no weight of {frozen[0]} has changed since the start '
-                             f'({len(frozen)} of {len(self.changed)} layers); the steps are too small for the grid, or do not reach it')
-    if self.mean > self.uniform*1.05: raise DeadRun(f'step {self.step}: the loss, {self.mean:.3f} nats, is worse than a uniform guess, '
-                                                    f'{self.uniform:.3f}; lower the learning rates')
-    if progress >= .5 and self.step >= 2*self.patience and self.mean > self.unigram:
-        raise DeadRun(f'step {self.step}: the loss, {self.mean:.3f} nats, is still above that of letter frequencies alone, '
-                      f'{self.unigram:.3f}; the model is not learning')
+    if frozen:
+        raise self._dead(f'no weight of {frozen[0]} has changed since the start '
+                         f'({len(frozen)} of {len(self.changed)} layers); the steps are too small for the grid, or do not reach it')
+    if self.mean > self.uniform*1.05:
+        raise self._dead(f'the loss, {self.mean:.3f} nats, is worse than a uniform guess, {self.uniform:.3f}; '
+                         'lower the learning rates')
+    late = progress >= .5 and self.step >= 2*self.patience
+    if late and self.mean > self.unigram:
+        raise self._dead(f'the loss, {self.mean:.3f} nats, is still above that of letter frequencies alone, '
+                         f'{self.unigram:.3f}; the model is not learning')
 
 # %% ../nbs/61_governor.ipynb #c012
 @patch

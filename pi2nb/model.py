@@ -44,7 +44,9 @@ def register_mixer(
     name:str # the word used in layouts
 ) -> Callable:
     "Decorator: a function from `LMConfig` to a mixer module, `forward(x, state) -> (y, state)`"
-    def add(f): MIXERS[name] = f; return f
+    def add(f):
+        MIXERS[name] = f
+        return f
     return add
 
 @register_mixer('GQA')
@@ -80,11 +82,13 @@ class LM(nn.Module):
         self.config = c = config
         names = parse_layout(c.layout)
         if not (c.dim >= 1 and c.vocab >= 2 and 1 <= c.dim*c.mlp_ratio < 2**24):
-            raise ValueError(f'a model of dim {c.dim}, vocab {c.vocab} and mlp_ratio {c.mlp_ratio} cannot be built; choose ordinary positive sizes')
+            raise ValueError(f'a model of dim {c.dim}, vocab {c.vocab} and mlp_ratio {c.mlp_ratio} '
+                             'cannot be built; choose ordinary positive sizes')
         if (odd := [n for n in names if n not in MIXERS]):
             raise ValueError(f'unknown mixer {odd[0]!r} in the layout {c.layout!r}; there are {", ".join(MIXERS)}')
         self.embed = QuantEmbedding(c.vocab, c.dim, c.embed_code)
-        self.blocks = nn.ModuleList(Block(MIXERS[n](c), MLP(c.dim, round(c.dim*c.mlp_ratio), c.mlp, c.code)) for n in names)
+        hidden = round(c.dim*c.mlp_ratio)
+        self.blocks = nn.ModuleList(Block(MIXERS[n](c), MLP(c.dim, hidden, c.mlp, c.code)) for n in names)
         self.head = QuantLinear(c.dim, c.vocab, c.embed_code)
         self.head.is_head = True
         nn.init.normal_(self.head.weight, std=.01)
@@ -103,7 +107,7 @@ def forward(self:LM,
         new.append(s)
     return self.head(_norm(x)).float(), new
 
-# %% ../nbs/41_model.ipynb #c019
+# %% ../nbs/41_model.ipynb #c020
 @patch
 def holdings(self:LM) -> list: # rows of (held as, tensors, weights, bytes)
     "How many weights are held in which way"
@@ -122,7 +126,7 @@ def n_params(self:LM) -> int: # shared weights count once
     "Number of parameters"
     return sum(p.numel() for p in self.parameters())
 
-# %% ../nbs/41_model.ipynb #c022
+# %% ../nbs/41_model.ipynb #c023
 @dataclass
 class Recipe:
     "A named way to make a model: its configuration and how it learns"
@@ -135,11 +139,12 @@ class Recipe:
         **changes # fields of `LMConfig`
     ) -> LMConfig:
         "The model's configuration; raises ValueError on a field that does not exist"
-        odd = changes.keys() - {f.name for f in fields(LMConfig)}
-        if odd: raise ValueError(f'no setting {sorted(odd)[0]!r}; a model has {", ".join(f.name for f in fields(LMConfig))}')
+        known = [f.name for f in fields(LMConfig)]
+        odd = sorted(changes.keys() - set(known))
+        if odd: raise ValueError(f'no setting {odd[0]!r}; a model has {", ".join(known)}')
         return LMConfig(**self.model | changes)
 
-# %% ../nbs/41_model.ipynb #c023
+# %% ../nbs/41_model.ipynb #c024
 RECIPES:dict[str, Recipe] = {}
 
 def register_recipe(
@@ -156,14 +161,14 @@ def recipe(
     if name not in RECIPES: raise ValueError(f'unknown recipe {name!r}; choose one of {", ".join(RECIPES)}')
     return RECIPES[name]
 
-# %% ../nbs/41_model.ipynb #c024
+# %% ../nbs/41_model.ipynb #c025
 _SHAPE = dict(layout='GQA, CfC*3', dim=192)
 
 register_recipe(Recipe('q2', '2-bit matrices in four even levels, straight-through; Muon and AdamW', _SHAPE))
 register_recipe(Recipe('dense', 'the float32 twin of q2: same shape, every code off',
     _SHAPE | dict(code=None, gate_code=None, embed_code=None), dict(adam_lr=.032)));
 
-# %% ../nbs/41_model.ipynb #c027
+# %% ../nbs/41_model.ipynb #c028
 @torch.no_grad()
 def looks_ahead(
     lm:nn.Module,   # a model obeying `LM.forward`
@@ -173,5 +178,6 @@ def looks_ahead(
     "How much an earlier prediction depends on later tokens"
     g = torch.Generator().manual_seed(0)
     a = torch.randint(0, lm.config.vocab, (2, time), generator=g)
-    b = a.clone(); b[:, at:] = (b[:, at:] + 1) % lm.config.vocab
+    b = a.clone()
+    b[:, at:] = (b[:, at:] + 1) % lm.config.vocab
     return (lm(a)[0] - lm(b)[0])[:, :at].abs().max().item()

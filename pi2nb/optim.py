@@ -27,7 +27,7 @@ def newton_schulz(
 
 # %% ../nbs/60_optim.ipynb #c014
 class Muon(torch.optim.Optimizer):
-    "Momentum, orthogonalised by Newton–Schulz; for matrices only (Jordan et al. 2024). Raises ValueError for other shapes."
+    "Momentum, orthogonalised by Newton–Schulz (Jordan et al. 2024); raises ValueError for anything but matrices"
     def __init__(self,
         params,                 # matrices [rows, cols]
         lr:float = .02,         # size of a step, in units of an orthogonal matrix
@@ -67,7 +67,8 @@ def split_params(
 ) -> tuple:         # (matrices for Muon, everything else), each parameter once
     "Sort parameters into those that Muon and those that AdamW should move"
     shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    mats = [m.weight for m in model.modules() if isinstance(m, QuantLinear) and id(m.weight) not in shared and not getattr(m, 'is_head', False)]
+    inner = [m for m in model.modules() if isinstance(m, QuantLinear) and not getattr(m, 'is_head', False)]
+    mats = [m.weight for m in inner if id(m.weight) not in shared]
     ids = {id(p) for p in mats}
     return mats, [p for p in model.parameters() if id(p) not in ids]
 

@@ -8,6 +8,7 @@ __all__ = ['Sampler', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'penalize', 'gen
 # %% ../nbs/43_sampler.ipynb #c002
 from dataclasses import dataclass
 from collections.abc import Iterator
+from math import inf
 import torch
 from torch import Tensor
 from fastcore.basics import patch
@@ -24,11 +25,14 @@ class Sampler:
     repetition_window:int = 64   # how many recent tokens count as used
 
     def __post_init__(self):
-        limits = dict(temperature=(0, None), top_k=(0, None), top_p=(0, 1), min_p=(0, 1), repetition_penalty=(1, None), repetition_window=(1, None))
+        limits = dict(temperature=(0, inf), top_k=(0, inf), top_p=(0, 1), min_p=(0, 1),
+                      repetition_penalty=(1, inf), repetition_window=(1, inf))
         for k,(low,high) in limits.items():
             v = getattr(self, k)
-            if not v >= low or (high is not None and v > high) or (k == 'top_p' and v == 0):
-                raise ValueError(f'{k} is {v}; it must be {"above" if k == "top_p" else "at least"} {low}' + (f' and at most {high}' if high else ''))
+            if low <= v <= high and (k, v) != ('top_p', 0): continue
+            need = f'above {low}' if k == 'top_p' else f'at least {low}'
+            if high < inf: need += f' and at most {high}'
+            raise ValueError(f'{k} is {v}; it must be {need}')
 
 # %% ../nbs/43_sampler.ipynb #c008
 def keep_top_k(
@@ -76,7 +80,8 @@ def filter(self:Sampler,
     x = x.float()
     if recent is not None: x = penalize(x, recent, self.repetition_penalty)
     if self.temperature == 0: return keep_top_k(x, 1)
-    return keep_min_p(keep_top_p(keep_top_k((x - x.max())/self.temperature, self.top_k), self.top_p), self.min_p)
+    x = keep_top_k((x - x.max())/self.temperature, self.top_k)
+    return keep_min_p(keep_top_p(x, self.top_p), self.min_p)
 
 @patch
 def pick(self:Sampler,

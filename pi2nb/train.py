@@ -31,7 +31,7 @@ class TrainConfig:
     "Everything that decides the result of a run"
     recipe:str = 'q2'            # a key of `RECIPES`
     data:str = 'shakespeare'     # what to learn, see chapter 32
-    steps:int = 1000             # optimizer steps
+    steps:int = 1200             # optimizer steps
     minutes:float|None = None    # train this long instead; the result then depends on the machine's speed
     batch:int = 8                # windows per step
     context:int = 256            # tokens per window
