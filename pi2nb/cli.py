@@ -14,10 +14,12 @@ import typer
 
 # %% ../nbs/70_cli.ipynb #c005
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="Train language models whose weights are 2-bit symbols, and use the one small file that comes out. Start with: pi2 train")
+    help='Train language models whose weights are 2-bit symbols, and use the one small file that comes out. '
+         'Start with: pi2 train')
 
 File = Annotated[Path, typer.Argument(help='a .q2bin file', show_default=False)]
-Data = Annotated[str, typer.Option(help="'shakespeare', a .txt, .jsonl or .parquet file or a folder of them, or hf:NAME[:CONFIG]")]
+_DATA = "'shakespeare', a .txt, .jsonl or .parquet file or a folder of them, or hf:NAME[:CONFIG]"
+Data = Annotated[str, typer.Option(help=_DATA)]
 Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', or another torch device")]
 Seed = Annotated[int, typer.Option(help='of every choice that is left to chance', min=0, max=2**32-1)]
 
@@ -28,8 +30,9 @@ def main():
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as e:
         known = {errno.ENOSPC: 'the disk is full: free some space; what was saved before is intact'}
         text = known.get(getattr(e, 'errno', None), str(e))
-        if isinstance(e, MemoryError) or 'memory' in text: text = 'not enough memory; make batch, context or dim smaller'
-        elif isinstance(e, RuntimeError): raise                                               # a bug of ours: show it
+        if isinstance(e, MemoryError) or 'memory' in text:
+            text = 'not enough memory; make batch, context or dim smaller'
+        elif isinstance(e, RuntimeError): raise                       # a bug of ours: show it
         print(f'pi2: {text}', file=sys.stderr)
         sys.exit(1)
 
@@ -49,29 +52,38 @@ def _start_or_resume(resume_it, cfg, out, corpus, device, only=None): # -> repor
 # %% ../nbs/70_cli.ipynb #c010
 @app.command()
 def train(
-    recipe:Annotated[Optional[str], typer.Option(help='how weights are held and how they learn; see pi2 recipes  [default: q2]')] = None,
-    data:Annotated[Optional[str], typer.Option(help="what to learn: 'shakespeare', a .txt, .jsonl or .parquet file or folder, or hf:NAME[:CONFIG]  [default: shakespeare]")] = None,
+    recipe:Annotated[Optional[str], typer.Option(
+        help='how weights are held and how they learn; see pi2 recipes  [default: q2]')] = None,
+    data:Annotated[Optional[str], typer.Option(help=f'what to learn: {_DATA}  [default: shakespeare]')] = None,
     steps:Annotated[Optional[int], typer.Option(help="optimizer steps  [default: the recipe's]")] = None,
-    minutes:Annotated[Optional[float], typer.Option(help="train this long instead of a number of steps; the result then depends on the machine's speed")] = None,
-    output:Annotated[Optional[Path], typer.Option('--output', '-o', help='folder of the run  [default: runs/RECIPE]')] = None,
-    seed:Annotated[Optional[int], typer.Option(help='of the first weights and the order of the text  [default: 0]', min=0, max=2**32-1)] = None,
-    resume:Annotated[bool, typer.Option('--resume', help='continue the run in the output folder, as it was started')] = False,
-    twin:Annotated[bool, typer.Option('--twin', help='also train the float32 twin, to see what the code costs')] = False,
-    device:Annotated[Optional[str], typer.Option(help="'auto', 'cpu', 'cuda', or another torch device  [default: auto, or where the run was]")] = None,
-    set:Annotated[list[str], typer.Option('--set', help='any other setting, as key=value; may be repeated')] = []
+    minutes:Annotated[Optional[float], typer.Option(
+        help="train this long instead of a number of steps; the result then depends on the machine's speed")] = None,
+    output:Annotated[Optional[Path], typer.Option('--output', '-o',
+        help='folder of the run  [default: runs/RECIPE]')] = None,
+    seed:Annotated[Optional[int], typer.Option(min=0, max=2**32-1,
+        help='of the first weights and the order of the text  [default: 0]')] = None,
+    resume:Annotated[bool, typer.Option('--resume',
+        help='continue the run in the output folder, as it was started')] = False,
+    twin:Annotated[bool, typer.Option('--twin', help='also train the float32 twin, to see what the code costs')]=False,
+    device:Annotated[Optional[str], typer.Option(
+        help="'auto', 'cpu', 'cuda', or another torch device  [default: auto, or where the run was]")] = None,
+    changes:Annotated[list[str], typer.Option('--set', help='any other setting, as key=value; may be repeated')] = []
 ):
     "Train a model, pack it, prove the file, and read what it writes."
     from pi2nb.train import check_new, configure, saved_config, twin_of
-    given = {k: v for k,v in dict(data=data, steps=steps, minutes=minutes, seed=seed).items() if v is not None} | _pairs(set)
+    options = dict(data=data, steps=steps, minutes=minutes, seed=seed)
+    given = {k: v for k,v in options.items() if v is not None} | _pairs(changes)
     out = output or Path('runs')/(recipe or 'q2')
-    if resume and (given or recipe and output): raise ValueError('--resume continues a run as it was started: give it the --output folder and no other setting')
+    if resume and (given or recipe and output):
+        raise ValueError('--resume continues a run as it was started: give the --output folder and no other setting')
     if steps and minutes: raise ValueError('give --steps or --minutes, not both')
     cfg = saved_config(out) if resume else configure(recipe or 'q2', **given)
     if not resume: check_new(out)
     other = twin_of(cfg) if twin else None
     if other and (out/'twin'/'checkpoint.pt').exists():
         there = saved_config(out/'twin')
-        if there != replace(other, precision=there.precision): raise ValueError(f'{out}/twin holds a run with other settings; move it away')
+        if there != replace(other, precision=there.precision):
+            raise ValueError(f'{out}/twin holds a run with other settings; move it away')
     _train(cfg, out, device, resume, other)
 
 # %% ../nbs/70_cli.ipynb #c011
@@ -81,12 +93,17 @@ def _train(cfg, out, device, resume, twin): # twin: the settings of the float32 
     corpus, other = load_corpus(cfg.data), None
     try:
         rep = _start_or_resume(resume, cfg, out, corpus, device)
-        if twin: other = _start_or_resume((out/'twin'/'checkpoint.pt').exists(), twin, out/'twin', corpus, device, only=())
+        if twin:
+            begun = (out/'twin'/'checkpoint.pt').exists()
+            other = _start_or_resume(begun, twin, out/'twin', corpus, device, only=())
     except (Interrupted, KeyboardInterrupt) as e:
-        print(f"pi2: {str(e) or 'interrupted'}; continue with: pi2 train --resume{' --twin' if twin else ''} -o {shlex.quote(str(out))}", file=sys.stderr)
+        again = f"pi2 train --resume{' --twin' if twin else ''} -o {shlex.quote(str(out))}"
+        print(f"pi2: {str(e) or 'interrupted'}; continue with: {again}", file=sys.stderr)
         sys.exit(130)
     print(report_text(rep, other))
-    print('\nwrote     ' + ', '.join(str(out/n) for n in ('model.q2bin', 'metrics.jsonl', 'loss.png', 'report.json', 'checkpoint.pt') + ('twin',)*bool(twin)))
+    names = ['model.q2bin', 'metrics.jsonl', 'loss.png', 'report.json', 'checkpoint.pt']
+    if twin: names.append('twin')
+    print('\nwrote     ' + ', '.join(str(out/n) for n in names))
     print(f'next      pi2 generate {out}/model.q2bin --prompt "To be, or"')
 
 # %% ../nbs/70_cli.ipynb #c013
@@ -95,9 +112,11 @@ def eval(
     file:File,
     data:Data = 'shakespeare',
     part:Annotated[str, typer.Option(help="which part of the text: 'train', 'valid', 'test', or 'all' of it")] = 'test',
-    stride:Annotated[Optional[int], typer.Option(help='score in windows that move by this many tokens; without it the text is read once, from left to right')] = None,
+    stride:Annotated[Optional[int], typer.Option(
+        help='score in windows that move by this many tokens; without it the text is read once, left to right')] = None,
     chunk:Annotated[int, typer.Option(help='tokens that are read at once')] = 1024,
-    baseline:Annotated[bool, typer.Option('--baselines/--no-baselines', help='show what simple models and compressors reach on the same bytes')] = True,
+    baseline:Annotated[bool, typer.Option('--baselines/--no-baselines',
+        help='show what simple models and compressors reach on the same bytes')] = True,
     device:Device = 'auto'
 ):
     "Score a model file on a text, in bits per byte."
@@ -107,10 +126,12 @@ def eval(
     from pi2nb.train import pick_device
     lm, tok, _ = load_model(file, device=pick_device(device))
     corpus = load_corpus(data)
-    if part not in (*corpus.parts, 'all'): raise ValueError(f"--part is {part!r}; choose 'train', 'valid', 'test' or 'all'")
+    if part not in (*corpus.parts, 'all'):
+        raise ValueError(f"--part is {part!r}; choose 'train', 'valid', 'test' or 'all'")
     held = b''.join(corpus.parts.values()) if part == 'all' else corpus.parts[part]
     score = bits_per_byte(lm, tok, held, chunk=chunk, stride=stride)
-    print(f'{score.bpb:.4f} bits per byte   {file.name} on {corpus.name} ({part}, {score.bytes:,} bytes, {score.nats/score.tokens:.4f} nats per token)')
+    print(f'{score.bpb:.4f} bits per byte   {file.name} on {corpus.name} '
+          f'({part}, {score.bytes:,} bytes, {score.nats/score.tokens:.4f} nats per token)')
     if baseline and part in ('valid', 'test'):
         for name, v in baselines(corpus.train, held).items(): print(f'{v:.4f} bits per byte   {name}')
 
@@ -120,7 +141,8 @@ def generate(
     file:File,
     prompt:Annotated[str, typer.Option(help='text to continue; empty starts a new one')] = '',
     tokens:Annotated[int, typer.Option(help='how many tokens to write', min=0)] = 400,
-    temperature:Annotated[float, typer.Option(help='below 1 is more careful, above 1 bolder, 0 takes the most likely token')] = .7,
+    temperature:Annotated[float, typer.Option(
+        help='below 1 is more careful, above 1 bolder, 0 takes the most likely token')] = .7,
     top_k:Annotated[int, typer.Option(help='keep only this many of the most likely tokens; 0 keeps all')] = 0,
     top_p:Annotated[float, typer.Option(help='keep the most likely tokens up to this much probability')] = 1.,
     min_p:Annotated[float, typer.Option(help='keep tokens at least this fraction as likely as the best')] = .02,
@@ -153,4 +175,5 @@ def recipes():
     from pi2nb.model import LM, RECIPES
     for r in RECIPES.values():
         lm = LM(r.config())
-        print(f'{r.name:12} {lm.n_params():10,} parameters  {lm.bits_per_weight():5.2f} bits each  {lm.config.layout:14} {r.doc}')
+        size = f'{lm.n_params():10,} parameters  {lm.bits_per_weight():5.2f} bits each'
+        print(f'{r.name:12} {size}  {lm.config.layout:14} {r.doc}')

@@ -111,7 +111,8 @@ CODES = {c.name: c for c in (
     Codebook('q2', *_Q2, 'rms', .996, digits=6, doc='four even levels, least error on a bell curve'),
     Codebook('q2-quartile', *_Q2, 'rms', .67449, digits=6, doc="the Q2 document's code: four equally frequent symbols"),
     Codebook('int6', *_ints(31), 'absmax', 1/31, digits=3, doc='63 integers, no weight of the row beyond the last'),
-    Codebook('int8', *_ints(127), 'absmax', 1/127, digits=1, doc='255 integers times a power of two, no weight of the row beyond the last'),
+    Codebook('int8', *_ints(127), 'absmax', 1/127, digits=1,
+             doc='255 integers times a power of two, no weight of the row beyond the last'),
 )}
 
 def codebook(

@@ -75,7 +75,7 @@ def _look(self:DeadRunGuard, progress): # the slower checks, every `patience` st
     frozen = [k for k,v in self.changed.items() if v == 0]
     if frozen:
         raise self._dead(f'no weight of {frozen[0]} has changed since the start '
-                         f'({len(frozen)} of {len(self.changed)} layers); the steps are too small for the grid, or do not reach it')
+                         f'({len(frozen)} of {len(self.changed)} layers); the steps are too small for the grid')
     if self.mean > self.uniform*1.05:
         raise self._dead(f'the loss, {self.mean:.3f} nats, is worse than a uniform guess, {self.uniform:.3f}; '
                          'lower the learning rates')

@@ -11,6 +11,7 @@ import ast, io, json, math, signal, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, asdict, replace
 from pathlib import Path
+from typing import get_args
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from .quantlinear import frozen_copy
 from .tokenizer import ByteTokenizer
 from .corpus import Corpus, load_corpus, WindowSampler
-from .model import LM, recipe
+from .model import LM, LMConfig, recipe
 from .sampler import Sampler, generate
 from .q2bn import save_model, load_model, write_atomic
 from .optim import make_optimizers, set_rate, trapezoid
@@ -49,24 +50,25 @@ class TrainConfig:
 
 # %% ../nbs/63_train.ipynb #c008
 def _sensible(cfg): # `cfg`, or ValueError about the first setting that cannot be meant
+    def demand(k, ok, rule):
+        if not ok: raise ValueError(f'{k} is {getattr(cfg, k)!r}; {rule}')
     for k in ('steps', 'batch', 'context', 'log_every', 'eval_every', 'eval_bytes', 'save_every'):
-        if not 1 <= getattr(cfg, k) < 2**40: raise ValueError(f'{k} is {getattr(cfg, k)}; it must be at least 1, and of a sensible size')
+        demand(k, 1 <= getattr(cfg, k) < 2**40, 'it must be at least 1, and of a sensible size')
     for k in ('muon_lr', 'adam_lr', 'warmup', 'cooldown'):
-        if not 0 <= getattr(cfg, k) <= 1: raise ValueError(f'{k} is {getattr(cfg, k)}; it must lie between 0 and 1')
-    if cfg.minutes is not None and not 0 < cfg.minutes < 1e6: raise ValueError(f'minutes is {cfg.minutes}; it must be above 0 and below a million')
-    if not 0 <= cfg.seed < 2**32: raise ValueError(f'seed is {cfg.seed}; it must lie between 0 and 2**32 - 1')
-    if cfg.precision not in ('auto', 'fp32', 'bf16'): raise ValueError(f"precision is {cfg.precision!r}; choose 'auto', 'fp32' or 'bf16'")
+        demand(k, 0 <= getattr(cfg, k) <= 1, 'it must lie between 0 and 1')
+    demand('minutes', cfg.minutes is None or 0 < cfg.minutes < 1e6, 'it must be above 0 and below a million')
+    demand('seed', 0 <= cfg.seed < 2**32, 'it must lie between 0 and 2**32 - 1')
+    demand('precision', cfg.precision in ('auto', 'fp32', 'bf16'), "choose 'auto', 'fp32' or 'bf16'")
     return cfg
 
-def _typed(k, v, old): # `v`, read from text if need be, checked against the value it replaces
-    if isinstance(v, str) and not isinstance(old, str):
+def _typed(f, v): # `v`, read from text if need be, checked against the annotation of the field `f`
+    types = get_args(f.type) or (f.type,)              # `str|None` gives (str, NoneType)
+    if v in ('None', 'none') and type(None) in types: v = None
+    if isinstance(v, str) and str not in types:
         try: v = ast.literal_eval(v)
         except (ValueError, SyntaxError): pass
-    if isinstance(old, float) and type(v) is int: v = float(v)
-    nullable = k == 'minutes' or k.endswith('code')
-    if k.endswith('code') and v in ('None', 'none'): v = None
-    ok = v is None and nullable or type(v) in ((type(old), float, int) if k == 'minutes' else (str,) if k.endswith('code') else (type(old),))
-    if not ok: raise ValueError(f'{k} is {v!r}; give a value like {old!r}')
+    if type(v) is int and float in types: v = float(v)
+    if type(v) not in types: raise ValueError(f'{f.name} is {v!r}; give a value like {f.default!r}')
     return v
 
 # %% ../nbs/63_train.ipynb #c009
@@ -74,14 +76,14 @@ def configure(
     name:str = 'q2', # recipe
     **changes        # fields of `TrainConfig` or `LMConfig`; text is read as a Python value
 ) -> TrainConfig:
-    "The settings of a run: defaults, then the recipe, then `changes`; raises ValueError on a setting that does not exist or fit"
-    r, run = recipe(name), {f.name for f in fields(TrainConfig)} - {'model', 'recipe'}
-    cfg = replace(TrainConfig(recipe=name), **r.learn)
-    shape = {k: v for k,v in r.config().to_dict().items() if k != 'vocab'}   # the tokenizer decides that
+    "The settings of a run: defaults, then the recipe, then `changes`; raises ValueError on one that does not fit"
+    run = {f.name: f for f in fields(TrainConfig) if f.name not in ('recipe', 'model')}
+    shape = {f.name: f for f in fields(LMConfig) if f.name != 'vocab'}       # the tokenizer decides that
+    cfg = replace(TrainConfig(recipe=name), **recipe(name).learn)
     for k,v in changes.items():
-        if k in run: setattr(cfg, k, _typed(k, v, getattr(cfg, k)))
-        elif k in shape: cfg.model[k] = _typed(k, v, shape[k])
-        else: raise ValueError(f'no setting {k!r}; there are {", ".join(sorted(run | shape.keys()))}')
+        if k in run: setattr(cfg, k, _typed(run[k], v))
+        elif k in shape: cfg.model[k] = _typed(shape[k], v)
+        else: raise ValueError(f'no setting {k!r}; there are {", ".join(sorted(run | shape))}')
     return _sensible(cfg)
 
 # %% ../nbs/63_train.ipynb #c012
@@ -90,9 +92,10 @@ def pick_device(
 ) -> torch.device:
     "The device to run on; raises ValueError if it is not there"
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try: d = torch.device(name); torch.zeros(1, device=d).item()
-    except (RuntimeError, AssertionError, NotImplementedError): raise ValueError(f'no device {name!r} on this machine; use --device auto') from None
-    return d
+    try: torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f'no device {name!r} on this machine; use --device auto') from None
+    return torch.device(name)
 
 def pick_precision(
     name:str,            # 'auto', 'fp32' or 'bf16'
@@ -120,10 +123,11 @@ class Trainer:
         self.windows = WindowSampler(self.tok.encode(self.corpus.train), cfg.batch, cfg.context, cfg.seed)
         torch.manual_seed(cfg.seed)
         self.lm = LM(recipe(cfg.recipe).config(**cfg.model, vocab=self.tok.vocab_size)).to(self.device)
-        self.opts = make_optimizers(self.lm, cfg.muon_lr, cfg.adam_lr, dtype=torch.bfloat16 if cfg.precision == 'bf16' else torch.float32)
-        unigram = unigram_nats(self.corpus.train)
-        self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram)
-        self.step, self.elapsed, self.rate, self.stopped, self.recent = 0, 0., 0., False, []
+        dtype = torch.bfloat16 if cfg.precision == 'bf16' else torch.float32
+        self.opts = make_optimizers(self.lm, cfg.muon_lr, cfg.adam_lr, dtype=dtype)
+        self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram_nats(self.corpus.train))
+        self.step, self.elapsed, self.rate = 0, 0., 0.
+        self.stopped, self.recent = False, []
 
 # %% ../nbs/63_train.ipynb #c017
 @patch(as_prop=True)
@@ -137,7 +141,8 @@ def train_step(self:Trainer) -> tuple: # (loss in nats per token, gradient norm)
     self.rate = trapezoid(p, cfg.warmup, cfg.cooldown)
     set_rate(self.opts, self.rate)
     x, y = (t.to(self.device) for t in self.windows.batch_at(self.step))
-    with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == 'bf16'): logits, _ = self.lm(x)
+    with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == 'bf16'):
+        logits, _ = self.lm(x)
     loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
     loss.backward()
     norm = torch.nn.utils.get_total_norm([q.grad for q in self.lm.parameters() if q.grad is not None]).item()
@@ -147,26 +152,29 @@ def train_step(self:Trainer) -> tuple: # (loss in nats per token, gradient norm)
     self.step += 1
     return loss, norm
 
-# %% ../nbs/63_train.ipynb #c020
+# %% ../nbs/63_train.ipynb #c021
 @patch
 def save(self:Trainer):
     "Write DIR/checkpoint.pt atomically"
-    state = dict(cfg=asdict(self.cfg), corpus=self.corpus.sha256(), device=str(self.device), threads=torch.get_num_threads(),
-                 step=self.step, elapsed=self.elapsed, recent=self.recent,
-                 model=self.lm.state_dict(), opts=[o.state_dict() for o in self.opts], guard=self.guard.state_dict())
+    state = dict(cfg=asdict(self.cfg), corpus=self.corpus.sha256(),
+                 device=str(self.device), threads=torch.get_num_threads(),
+                 step=self.step, elapsed=self.elapsed, recent=self.recent, model=self.lm.state_dict(),
+                 opts=[o.state_dict() for o in self.opts], guard=self.guard.state_dict())
     self.out.mkdir(parents=True, exist_ok=True)
     torch.save(state, buf := io.BytesIO())
     write_atomic(self.out/'checkpoint.pt', buf.getvalue())
 
-# %% ../nbs/63_train.ipynb #c021
+# %% ../nbs/63_train.ipynb #c022
 def _read_checkpoint(out):
     path = Path(out)/'checkpoint.pt'
-    if not path.exists(): raise FileNotFoundError(f'{out} holds no checkpoint to resume; start the run without --resume')
+    if not path.exists():
+        raise FileNotFoundError(f'{out} holds no checkpoint to resume; start the run without --resume')
     data = path.read_bytes()
     try:
         state = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
         return state | dict(cfg=TrainConfig(**state['cfg']))
-    except Exception: raise ValueError(f'{path} is damaged or of another version; delete it and start the run again') from None
+    except Exception:
+        raise ValueError(f'{path} is damaged or of another version; delete it and start the run again') from None
 
 def saved_config(
     out:str|Path # folder of a run
@@ -174,46 +182,56 @@ def saved_config(
     "The settings of the run in that folder; raises an error if there is none"
     return _read_checkpoint(out)['cfg']
 
+# %% ../nbs/63_train.ipynb #c023
 def twin_of(
     cfg:TrainConfig # the settings of a run in a code
 ) -> TrainConfig:   # the same run in float32, with the learning rates of the dense recipe
     "The float32 twin of a run: same shape, same text, same steps"
-    if cfg.recipe == 'dense': raise ValueError('the recipe dense is its own twin; train another recipe, or leave out --twin')
+    if cfg.recipe == 'dense':
+        raise ValueError('the recipe dense is its own twin; train another recipe, or leave out --twin')
     same = {k: v for k,v in asdict(cfg).items() if k not in ('recipe', 'model', 'muon_lr', 'adam_lr')}
     shape = recipe(cfg.recipe).config(**cfg.model).to_dict()
-    return configure('dense', **same, **{k: v for k,v in shape.items() if k != 'vocab' and not k.endswith('code')})
+    shape = {k: v for k,v in shape.items() if k != 'vocab' and not k.endswith('code')}
+    return configure('dense', **same, **shape)
 
-# %% ../nbs/63_train.ipynb #c022
+# %% ../nbs/63_train.ipynb #c024
 def resume(
     out:str|Path,         # folder of the run
     corpus:Corpus = None, # the text, if it is at hand
     device:str = None     # where to go on; None is where it was
 ) -> Trainer:
-    "The run of that folder as its last checkpoint left it, with as many threads; raises an error if there is none or the text has changed"
+    "The run as its last checkpoint left it, with as many threads; raises if there is none or the text has changed"
     state = _read_checkpoint(out)
     torch.set_num_threads(state['threads'])
     t = Trainer(state['cfg'], out, corpus, device or state['device'])
-    if t.corpus.sha256() != state['corpus']: raise ValueError(f'the text {t.cfg.data!r} is not the one this run started with; start a new run')
+    if t.corpus.sha256() != state['corpus']:
+        raise ValueError(f'the text {t.cfg.data!r} is not the one this run started with; start a new run')
     t.lm.load_state_dict(state['model'])
     for o,s in zip(t.opts, state['opts']): o.load_state_dict(s)
     t.guard.load_state_dict(state['guard'])
     t.step, t.elapsed, t.recent = state['step'], state['elapsed'], state['recent']
     return t
 
-# %% ../nbs/63_train.ipynb #c024
+# %% ../nbs/63_train.ipynb #c026
 class Interrupted(Exception):
     "The run was asked to stop and has saved itself; the message says how to go on"
 
 @contextmanager
 def _graceful(trainer): # SIGINT and SIGTERM ask the loop to stop after the current step
-    if threading.current_thread() is not threading.main_thread(): yield; return
-    def ask(*_): trainer.stopped = True; [signal.signal(s, h) for s,h in old.items()]
+    if threading.current_thread() is not threading.main_thread():
+        yield                                      # only the main thread may handle signals
+        return
     old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    def restore():
+        for s,handler in old.items(): signal.signal(s, handler)
+    def ask(*_):
+        trainer.stopped = True
+        restore()                                  # so that a second Ctrl-C is not held back
     for s in old: signal.signal(s, ask)
     try: yield
-    finally: [signal.signal(s, h) for s,h in old.items()]
+    finally: restore()
 
-# %% ../nbs/63_train.ipynb #c025
+# %% ../nbs/63_train.ipynb #c027
 @patch
 def log(self:Trainer,
     seconds:float # since the last line
@@ -231,14 +249,16 @@ def log(self:Trainer,
 @patch
 def evaluate(self:Trainer) -> float: # bits per byte
     "Score the beginning of the validation text with the weights as the file would hold them"
-    return bits_per_byte(frozen_copy(self.lm), self.tok, self.corpus.valid[:self.cfg.eval_bytes], chunk=self.cfg.context, stride=self.cfg.context).bpb
+    text, size = self.corpus.valid[:self.cfg.eval_bytes], self.cfg.context
+    return bits_per_byte(frozen_copy(self.lm), self.tok, text, chunk=size, stride=size).bpb
 
-# %% ../nbs/63_train.ipynb #c026
+# %% ../nbs/63_train.ipynb #c028
 @patch
 def _open_log(self:Trainer): # keep the lines that a resumed run has already earned
     self.out.mkdir(parents=True, exist_ok=True)
     path, self.rows = self.out/'metrics.jsonl', []
-    for line in path.read_text().splitlines() if self.step and path.exists() else ():
+    lines = path.read_text().splitlines() if self.step and path.exists() else []
+    for line in lines:
         try: row = json.loads(line)
         except ValueError: break                                       # a crash tore this line
         if row['step'] <= self.step: self.rows.append(row)
@@ -246,103 +266,129 @@ def _open_log(self:Trainer): # keep the lines that a resumed run has already ear
 
 @patch
 def _bar(self:Trainer, show): # a progress bar over steps or seconds
-    m = self.cfg.minutes
-    return tqdm(total=round(m*60) if m else self.cfg.steps, initial=round(self.elapsed) if m else self.step, disable=not show,
-                unit='s' if m else 'step', dynamic_ncols=True)
+    if self.cfg.minutes: total, done, unit = round(self.cfg.minutes*60), round(self.elapsed), 's'
+    else: total, done, unit = self.cfg.steps, self.step, 'step'
+    return tqdm(total=total, initial=done, unit=unit, disable=not show, dynamic_ncols=True)
 
-# %% ../nbs/63_train.ipynb #c027
+# %% ../nbs/63_train.ipynb #c029
 @patch
 def fit(self:Trainer,
     show:bool = True # a progress bar on standard error
 ):
     "Train to the end; raises `Interrupted` if asked to stop, `DeadRun` if nothing is learned"
-    self._open_log(); self.stopped = False
-    start = since = time.perf_counter(); start -= self.elapsed
+    self._open_log()
+    self.stopped, cfg, since = False, self.cfg, time.perf_counter()
+    start = since - self.elapsed
     with _graceful(self), self._bar(show) as bar:
         while self.progress < 1 and not self.stopped:
             self.recent.append(self.train_step())
             self.elapsed = time.perf_counter()-start
-            bar.update(round(min(self.elapsed, bar.total))-bar.n if self.cfg.minutes else 1)
-            if 0 in (self.step % self.cfg.log_every, self.step % self.cfg.eval_every) or self.progress >= 1:
+            bar.update((round(min(self.elapsed, bar.total)) if cfg.minutes else self.step)-bar.n)
+            if self.step % cfg.log_every == 0 or self.step % cfg.eval_every == 0 or self.progress >= 1:
                 row = self.log(time.perf_counter()-since)
                 since, self.recent = time.perf_counter(), []
-                bar.set_postfix_str(f"loss {row['loss']:.3f} nats = {row['bpb']:.3f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s")
-            if self.step % self.cfg.save_every == 0: self.save()
+                bar.set_postfix_str(f"loss {row['loss']:.3f} nats = {row['bpb']:.3f} bits/byte, "
+                                    f"{row['tokens_per_s']:,.0f} tokens/s")
+            if self.step % cfg.save_every == 0: self.save()
     self.save()
     if self.stopped: raise Interrupted(f'stopped after step {self.step} and saved')
 
-# %% ../nbs/63_train.ipynb #c032
+# %% ../nbs/63_train.ipynb #c035
 @patch
 def pack(self:Trainer) -> dict: # what was written, and the proof
     "Write DIR/model.q2bin, load it again and compare: the largest logit difference must be 0"
     path, cfg = self.out/'model.q2bin', self.cfg
-    save_model(self.lm, self.tok, path, dict(trained=dict(recipe=cfg.recipe, data=self.corpus.name, text=self.corpus.sha256(), steps=self.step, seed=cfg.seed)))
+    trained = dict(recipe=cfg.recipe, data=self.corpus.name, text=self.corpus.sha256(), steps=self.step, seed=cfg.seed)
+    save_model(self.lm, self.tok, path, dict(trained=trained))
     back, _, _ = load_model(path, device=self.device)
-    x, _ = self.windows.batch_at(0)
-    gap, x = 0., x.to(self.device)
+    x, gap = self.windows.batch_at(0)[0].to(self.device), 0.
     for half in {False, cfg.precision == 'bf16'}:                      # as it scores, and as it trained
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             gap = max(gap, (self.lm(x)[0] - back(x)[0]).abs().max().item())
-    if gap != 0: raise ValueError(f'{path} does not reproduce the model that was trained: the logits differ by {gap}; please report this')
+    if gap != 0:
+        raise ValueError(f'{path} does not reproduce the trained model: the logits differ by {gap}; please report this')
     self.back = back
     return dict(path=str(path), bytes=path.stat().st_size, logit_gap=gap)
 
-# %% ../nbs/63_train.ipynb #c035
+# %% ../nbs/63_train.ipynb #c038
 @patch
 def finish(self:Trainer,
     only=None # names of baselines to compute; None for all
 ) -> dict:    # everything in the report
     "Pack, prove, score on the test text beside the baselines, sample, plot; also written to DIR/report.json"
-    file, lm, held = self.pack(), self.back, self.corpus.test
-    rep = dict(recipe=self.cfg.recipe, corpus=self.corpus.name, train_bytes=len(self.corpus.train), valid_bytes=len(self.corpus.valid), test_bytes=len(held),
-        seed=self.cfg.seed, steps=self.step, seconds=self.elapsed, precision=self.cfg.precision, device=str(self.device), threads=torch.get_num_threads(), params=lm.n_params(), layout=lm.config.layout,
-        bits_per_weight=lm.bits_per_weight(), holdings=lm.holdings(), **file, test_bpb=bits_per_byte(lm, self.tok, held).bpb, baselines=baselines(self.corpus.train, held, only=only))
-    rep['sample'] = b''.join(generate(lm, self.tok, '', 300, Sampler(temperature=.7, min_p=.02), seed=self.cfg.seed)).decode('utf-8', 'replace')
+    file, lm, cfg, text = self.pack(), self.back, self.cfg, self.corpus
+    rep = dict(recipe=cfg.recipe, corpus=text.name,
+        train_bytes=len(text.train), valid_bytes=len(text.valid), test_bytes=len(text.test),
+        seed=cfg.seed, steps=self.step, seconds=self.elapsed,
+        precision=cfg.precision, device=str(self.device), threads=torch.get_num_threads(),
+        params=lm.n_params(), layout=lm.config.layout, bits_per_weight=lm.bits_per_weight(), holdings=lm.holdings(),
+        **file, test_bpb=bits_per_byte(lm, self.tok, text.test).bpb,
+        baselines=baselines(text.train, text.test, only=only))
+    sample = generate(lm, self.tok, '', 300, Sampler(temperature=.7, min_p=.02), seed=cfg.seed)
+    rep['sample'] = b''.join(sample).decode('utf-8', 'replace')
     write_atomic(self.out/'report.json', json.dumps(rep, indent=1).encode())
     self.plot(rep)
     return rep
 
-# %% ../nbs/63_train.ipynb #c036
+# %% ../nbs/63_train.ipynb #c039
 @patch
 def plot(self:Trainer, rep):
     "DIR/loss.png: training and validation in bits per byte, with the baselines drawn in"
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(7, 4), dpi=100); ax = fig.subplots()
+    fig = Figure(figsize=(7, 4), dpi=100)
+    ax = fig.subplots()
     ax.plot([r['step'] for r in self.rows], [r['bpb'] for r in self.rows], lw=1, label='training')
     seen = [(r['step'], r['valid_bpb']) for r in self.rows if 'valid_bpb' in r]
     ax.plot(*zip(*seen), 'o-', label='validation, from a cold start')
     ax.plot(self.step, rep['test_bpb'], '*', ms=12, label='test, from the file')
-    for n,v in rep['baselines'].items(): ax.axhline(v, ls=':', c='grey', lw=.8); ax.text(0, v, f' {n}', fontsize=7, va='bottom')
-    ax.set(xlabel='step', ylabel='bits per byte', title=f"{rep['recipe']} on {rep['corpus']}"); ax.legend()
+    for name, v in rep['baselines'].items():
+        ax.axhline(v, ls=':', c='grey', lw=.8)
+        ax.text(0, v, f' {name}', fontsize=7, va='bottom')
+    ax.set(xlabel='step', ylabel='bits per byte', title=f"{rep['recipe']} on {rep['corpus']}")
+    ax.legend()
     fig.savefig(buf := io.BytesIO(), format='png')
     write_atomic(self.out/'loss.png', buf.getvalue())
 
-# %% ../nbs/63_train.ipynb #c038
+# %% ../nbs/63_train.ipynb #c041
+_REPORT = """\
+corpus    {corpus}: {train_bytes:,} bytes to learn from, {valid_bytes:,} to watch, {test_bytes:,} held out for this test
+model     {recipe}, {layout}: {params:,} parameters, {bits_per_weight:.2f} bits per weight with scales
+{held}
+training  {steps} steps in {seconds:.0f} s on {device} ({precision})
+
+bits per byte on the held-out test text, lower is better
+{bars}
+
+artifact  {path}, {bytes:,} bytes
+          reloaded from the file: largest logit difference {logit_gap:g}
+
+it writes
+{sample}"""
+
+# %% ../nbs/63_train.ipynb #c042
 def report_text(
     rep:dict,         # as `Trainer.finish` made it
     twin:dict = None  # the report of the dense twin, if it was trained too
 ) -> str:
     "The report of a run as text"
-    scores = rep['baselines'] | {f"this model ({rep['recipe']})": rep['test_bpb']} | ({'its float32 twin': twin['test_bpb']} if twin else {})
-    width = max(map(len, scores))
-    lines = [f"corpus    {rep['corpus']}: {rep['train_bytes']:,} bytes to learn from, {rep['valid_bytes']:,} to watch, {rep['test_bytes']:,} held out for this test",
-        f"model     {rep['recipe']}, {rep['layout']}: {rep['params']:,} parameters, {rep['bits_per_weight']:.2f} bits per weight with scales",
-        *(f'          {n:10,} weights held in {k:8} {b:9,} bytes' for k,_,n,b in rep['holdings']),
-        f"training  {rep['steps']} steps in {rep['seconds']:.0f} s on {rep['device']} ({rep['precision']})", '',
-        'bits per byte on the held-out test text, lower is better',
-        *(f'  {n:{width}}  {v:5.3f}  {"#"*round(v*6)}' for n,v in sorted(scores.items(), key=lambda s: -s[1])), '',
-        f"artifact  {rep['path']}, {rep['bytes']:,} bytes", f"          reloaded from the file: largest logit difference {rep['logit_gap']:g}", '',
-        'it writes', *('  | '+l for l in rep['sample'].strip('\n').split('\n'))]
-    return '\n'.join(lines)
+    scores = rep['baselines'] | {f"this model ({rep['recipe']})": rep['test_bpb']}
+    if twin: scores['its float32 twin'] = twin['test_bpb']
+    width, ranked = max(map(len, scores)), sorted(scores.items(), key=lambda s: -s[1])
+    held = [f'          {n:10,} weights held in {code:8} {size:9,} bytes' for code,_,n,size in rep['holdings']]
+    bars = [f'  {name:{width}}  {v:5.3f}  {"#"*round(v*6)}' for name,v in ranked]
+    sample = ['  | '+line for line in rep['sample'].strip('\n').split('\n')]
+    parts = {k: '\n'.join(v) for k,v in dict(held=held, bars=bars, sample=sample).items()}
+    return _REPORT.format_map(rep | parts)
 
-# %% ../nbs/63_train.ipynb #c041
+# %% ../nbs/63_train.ipynb #c045
 def check_new(
     out:str|Path # folder for a new run
 ):
     "Raise FileExistsError if a run, or something else, is there already"
     if (Path(out)/'checkpoint.pt').exists():
-        raise FileExistsError(f'{out} already holds a run; continue it with --resume, or choose another folder with --output')
-    if Path(out).exists() and not Path(out).is_dir(): raise FileExistsError(f'{out} is a file; choose another folder with --output')
+        raise FileExistsError(f'{out} already holds a run; continue it with --resume, or choose another --output')
+    if Path(out).exists() and not Path(out).is_dir():
+        raise FileExistsError(f'{out} is a file; choose another folder with --output')
 
 def train(
     cfg:TrainConfig,       # as `configure` makes them
