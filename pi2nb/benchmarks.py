@@ -23,8 +23,9 @@ def environment() -> dict: # hardware, versions, commit
     here = ['git', '-C', str(Path(pi2nb.__file__).parent), 'describe', '--always', '--dirty']
     try: commit = subprocess.run(here, capture_output=True, text=True).stdout.strip()
     except OSError: commit = ''
-    return dict(hardware=dict(cpu=cpu, cores=os.cpu_count(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None),
-                versions=dict(python=platform.python_version(), torch=torch.__version__, pi2nb=pi2nb.__version__), commit=commit)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = dict(python=platform.python_version(), torch=torch.__version__, pi2nb=pi2nb.__version__)
+    return dict(hardware=dict(cpu=cpu, cores=os.cpu_count(), gpu=gpu), versions=versions, commit=commit)
 
 def write_record(
     path:str|Path, # JSON file under nbs/runs
@@ -41,14 +42,18 @@ def _grid_job(changes): # one run of a grid
     with tempfile.TemporaryDirectory() as d:
         t = Trainer(configure(**changes), d)
         t.fit(show=False)
-        rep, file = t.finish(only=()), (Path(d)/'model.q2bin').read_bytes()
-    kept = ('steps', 'seconds', 'threads', 'params', 'bits_per_weight', 'bytes', 'logit_gap', 'test_bpb', 'holdings')
-    return dict(commit=environment()['commit'], settings=asdict(t.cfg), **{k: rep[k] for k in kept}, sha256=hashlib.sha256(file).hexdigest(),
-        train=[(r['step'], r['bpb']) for r in t.rows], valid=[(r['step'], r['valid_bpb']) for r in t.rows if 'valid_bpb' in r])
+        rep = t.finish(only=())
+        sha256 = hashlib.sha256((Path(d)/'model.q2bin').read_bytes()).hexdigest()
+    kept = 'steps', 'seconds', 'threads', 'params', 'bits_per_weight', 'bytes', 'logit_gap', 'test_bpb', 'holdings'
+    return dict(commit=environment()['commit'], settings=asdict(t.cfg), **{k: rep[k] for k in kept}, sha256=sha256,
+        train=[(r['step'], r['bpb']) for r in t.rows],
+        valid=[(r['step'], r['valid_bpb']) for r in t.rows if 'valid_bpb' in r])
 
 def _in_own_process(changes): # `_grid_job` with one thread, in a fresh interpreter
-    ask = 'import json, sys; from pi2nb.benchmarks import _grid_job; print(json.dumps(_grid_job(json.loads(sys.argv[1]))))'
-    r = subprocess.run([sys.executable, '-c', ask, json.dumps(changes)], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    ask = ('import json, sys; from pi2nb.benchmarks import _grid_job; '
+           'print(json.dumps(_grid_job(json.loads(sys.argv[1]))))')
+    env = os.environ | dict(OMP_NUM_THREADS='1')
+    r = subprocess.run([sys.executable, '-c', ask, json.dumps(changes)], capture_output=True, text=True, env=env)
     if r.returncode: raise RuntimeError(f'a run failed: {r.stderr.strip().splitlines()[-1]}')
     return json.loads(r.stdout.splitlines()[-1])
 
@@ -66,5 +71,6 @@ def run_grid(
         for f in as_completed(futures):
             k = futures[f]
             runs[k] = dict(asked=todo[k], **f.result())
-            write_record(path, sorted({r['settings']['seed'] for r in runs.values()}), sum(r['seconds'] for r in runs.values()), runs=runs)
+            seeds = sorted({r['settings']['seed'] for r in runs.values()})
+            write_record(path, seeds, sum(r['seconds'] for r in runs.values()), runs=runs)
     return runs
