@@ -351,7 +351,8 @@ def plot(self:Trainer, rep):
 
 # %% ../nbs/63_train.ipynb #c041
 _REPORT = """\
-corpus    {corpus}: {train_bytes:,} bytes to learn from, {valid_bytes:,} to watch, {test_bytes:,} held out for this test
+corpus    {corpus}: {train_bytes:,} bytes to learn from,
+          {valid_bytes:,} to watch, {test_bytes:,} held out for this test
 model     {recipe}, {layout}: {params:,} parameters, {bits_per_weight:.2f} bits per weight with scales
 {held}
 training  {steps} steps in {seconds:.0f} s on {device} ({precision})
