@@ -27,11 +27,13 @@ class Codebook:
 
 # %% ../nbs/10_codebook.ipynb #c010
 @patch(as_prop=True)
-def bits(self:Codebook): # bits per symbol as stored, scales not counted
+def bits(self:Codebook):
+    "Bits per symbol as stored, scales not counted"
     return max(1, ceil(log2(len(self.levels))))
 
 @patch(as_prop=True)
-def step(self:Codebook): # distance between neighbouring levels if they are evenly spaced and so are the cuts, else None
+def step(self:Codebook):
+    "Distance between neighbouring levels if they are evenly spaced and so are the cuts, else None"
     gaps = {b-a for t in (self.levels, self.cuts) for a,b in zip(t, t[1:])}
     return gaps.pop() if len(gaps) == 1 else None
 

@@ -30,7 +30,8 @@ class Corpus:
 
 # %% ../nbs/32_corpus.ipynb #c007
 @patch(as_prop=True)
-def parts(self:Corpus): # the three parts by name
+def parts(self:Corpus):
+    "The three parts by name"
     return dict(train=self.train, valid=self.valid, test=self.test)
 
 @patch

@@ -131,9 +131,11 @@ class Trainer:
 
 # %% ../nbs/63_train.ipynb #c017
 @patch(as_prop=True)
-def progress(self:Trainer): # how much of the run is done, 0..1
+def progress(self:Trainer):
+    "How much of the run is done, 0..1"
     return min(1., self.elapsed/60/self.cfg.minutes if self.cfg.minutes else self.step/self.cfg.steps)
 
+# %% ../nbs/63_train.ipynb #c018
 @patch
 def train_step(self:Trainer) -> tuple: # (loss in nats per token, gradient norm)
     "One optimizer step; raises `DeadRun` if the run is not learning"
@@ -152,7 +154,7 @@ def train_step(self:Trainer) -> tuple: # (loss in nats per token, gradient norm)
     self.step += 1
     return loss, norm
 
-# %% ../nbs/63_train.ipynb #c021
+# %% ../nbs/63_train.ipynb #c022
 @patch
 def save(self:Trainer):
     "Write DIR/checkpoint.pt atomically"
@@ -164,7 +166,7 @@ def save(self:Trainer):
     torch.save(state, buf := io.BytesIO())
     write_atomic(self.out/'checkpoint.pt', buf.getvalue())
 
-# %% ../nbs/63_train.ipynb #c022
+# %% ../nbs/63_train.ipynb #c023
 def _read_checkpoint(out):
     path = Path(out)/'checkpoint.pt'
     if not path.exists():
@@ -182,7 +184,7 @@ def saved_config(
     "The settings of the run in that folder; raises an error if there is none"
     return _read_checkpoint(out)['cfg']
 
-# %% ../nbs/63_train.ipynb #c023
+# %% ../nbs/63_train.ipynb #c024
 def twin_of(
     cfg:TrainConfig # the settings of a run in a code
 ) -> TrainConfig:   # the same run in float32, with the learning rates of the dense recipe
@@ -194,7 +196,7 @@ def twin_of(
     shape = {k: v for k,v in shape.items() if k != 'vocab' and not k.endswith('code')}
     return configure('dense', **same, **shape)
 
-# %% ../nbs/63_train.ipynb #c024
+# %% ../nbs/63_train.ipynb #c025
 def resume(
     out:str|Path,         # folder of the run
     corpus:Corpus = None, # the text, if it is at hand
@@ -212,7 +214,7 @@ def resume(
     t.step, t.elapsed, t.recent = state['step'], state['elapsed'], state['recent']
     return t
 
-# %% ../nbs/63_train.ipynb #c026
+# %% ../nbs/63_train.ipynb #c027
 class Interrupted(Exception):
     "The run was asked to stop and has saved itself; the message says how to go on"
 
@@ -231,7 +233,7 @@ def _graceful(trainer): # SIGINT and SIGTERM ask the loop to stop after the curr
     try: yield
     finally: restore()
 
-# %% ../nbs/63_train.ipynb #c027
+# %% ../nbs/63_train.ipynb #c028
 @patch
 def log(self:Trainer,
     seconds:float # since the last line
@@ -252,7 +254,7 @@ def evaluate(self:Trainer) -> float: # bits per byte
     text, size = self.corpus.valid[:self.cfg.eval_bytes], self.cfg.context
     return bits_per_byte(frozen_copy(self.lm), self.tok, text, chunk=size, stride=size).bpb
 
-# %% ../nbs/63_train.ipynb #c028
+# %% ../nbs/63_train.ipynb #c029
 @patch
 def _open_log(self:Trainer): # keep the lines that a resumed run has already earned
     self.out.mkdir(parents=True, exist_ok=True)
@@ -270,7 +272,7 @@ def _bar(self:Trainer, show): # a progress bar over steps or seconds
     else: total, done, unit = self.cfg.steps, self.step, 'step'
     return tqdm(total=total, initial=done, unit=unit, disable=not show, dynamic_ncols=True)
 
-# %% ../nbs/63_train.ipynb #c029
+# %% ../nbs/63_train.ipynb #c030
 @patch
 def fit(self:Trainer,
     show:bool = True # a progress bar on standard error
@@ -293,7 +295,7 @@ def fit(self:Trainer,
     self.save()
     if self.stopped: raise Interrupted(f'stopped after step {self.step} and saved')
 
-# %% ../nbs/63_train.ipynb #c035
+# %% ../nbs/63_train.ipynb #c036
 @patch
 def pack(self:Trainer) -> dict: # what was written, and the proof
     "Write DIR/model.q2bin, load it again and compare: the largest logit difference must be 0"
@@ -310,7 +312,7 @@ def pack(self:Trainer) -> dict: # what was written, and the proof
     self.back = back
     return dict(path=str(path), bytes=path.stat().st_size, logit_gap=gap)
 
-# %% ../nbs/63_train.ipynb #c038
+# %% ../nbs/63_train.ipynb #c039
 @patch
 def finish(self:Trainer,
     only=None # names of baselines to compute; None for all
@@ -330,7 +332,7 @@ def finish(self:Trainer,
     self.plot(rep)
     return rep
 
-# %% ../nbs/63_train.ipynb #c039
+# %% ../nbs/63_train.ipynb #c040
 @patch
 def plot(self:Trainer, rep):
     "DIR/loss.png: training and validation in bits per byte, with the baselines drawn in"
@@ -349,7 +351,7 @@ def plot(self:Trainer, rep):
     fig.savefig(buf := io.BytesIO(), format='png')
     write_atomic(self.out/'loss.png', buf.getvalue())
 
-# %% ../nbs/63_train.ipynb #c041
+# %% ../nbs/63_train.ipynb #c042
 _REPORT = """\
 corpus    {corpus}: {train_bytes:,} bytes to learn from,
           {valid_bytes:,} to watch, {test_bytes:,} held out for this test
@@ -366,7 +368,7 @@ artifact  {path}, {bytes:,} bytes
 it writes
 {sample}"""
 
-# %% ../nbs/63_train.ipynb #c042
+# %% ../nbs/63_train.ipynb #c043
 def report_text(
     rep:dict,         # as `Trainer.finish` made it
     twin:dict = None  # the report of the dense twin, if it was trained too
@@ -381,7 +383,7 @@ def report_text(
     parts = {k: '\n'.join(v) for k,v in dict(held=held, bars=bars, sample=sample).items()}
     return _REPORT.format_map(rep | parts)
 
-# %% ../nbs/63_train.ipynb #c045
+# %% ../nbs/63_train.ipynb #c046
 def check_new(
     out:str|Path # folder for a new run
 ):
