@@ -343,12 +343,15 @@ def plot(self:Trainer, rep):
     seen = [(r['step'], r['valid_bpb']) for r in self.rows if 'valid_bpb' in r]
     ax.plot(*zip(*seen), 'o-', label='validation, from a cold start')
     ax.plot(self.step, rep['test_bpb'], '*', ms=12, label='test, from the file')
-    for name, v in rep['baselines'].items():
+    labels = {}                                                        # place beside the axes -> names
+    for name, v in sorted(rep['baselines'].items(), key=lambda b: b[1]):
         ax.axhline(v, ls=':', c='grey', lw=.8)
-        ax.text(0, v, f' {name}', fontsize=7, va='bottom')
+        at = next((a for a in labels if v-a < .16), v)                 # those too close to tell apart share a line
+        labels[at] = f'{labels[at]}, {name}' if at in labels else name
+    for at, names in labels.items(): ax.text(1.01, at, names, fontsize=7, va='center', transform=ax.get_yaxis_transform())
     ax.set(xlabel='step', ylabel='bits per byte', title=f"{rep['recipe']} on {rep['corpus']}")
     ax.legend()
-    fig.savefig(buf := io.BytesIO(), format='png')
+    fig.savefig(buf := io.BytesIO(), format='png', bbox_inches='tight')
     write_atomic(self.out/'loss.png', buf.getvalue())
 
 # %% ../nbs/63_train.ipynb #c042
