@@ -131,7 +131,7 @@ def eval(
     held = b''.join(corpus.parts.values()) if part == 'all' else corpus.parts[part]
     score = bits_per_byte(lm, tok, held, chunk=chunk, stride=stride)
     print(f'{score.bpb:.4f} bits per byte   {file.name} on {corpus.name} '
-          f'({part}, {score.bytes:,} bytes, {score.nats/score.tokens:.4f} nats per token)')
+          f'({part}, {score.bytes:,} bytes, {score.nats_per_token:.4f} nats per token)')
     if baseline and part in ('valid', 'test'):
         for name, v in baselines(corpus.train, held).items(): print(f'{v:.4f} bits per byte   {name}')
 

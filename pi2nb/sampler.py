@@ -52,6 +52,7 @@ def keep_top_p(
     out = (q.cumsum(-1) - q) >= p
     return x.masked_fill(out.scatter(0, i, out), -torch.inf)
 
+# %% ../nbs/43_sampler.ipynb #c009
 def keep_min_p(
     x:Tensor, # logits [vocab]
     p:float   # fraction of the best token's probability
@@ -70,7 +71,7 @@ def penalize(
     v = x[recent]
     return x.scatter(0, recent, torch.where(v > 0, v/penalty, v*penalty))
 
-# %% ../nbs/43_sampler.ipynb #c011
+# %% ../nbs/43_sampler.ipynb #c012
 @patch
 def filter(self:Sampler,
     x:Tensor,             # logits [vocab]
@@ -94,7 +95,7 @@ def pick(self:Sampler,
     if self.temperature == 0: return int(x.argmax())
     return int(torch.multinomial(x.softmax(-1), 1, generator=generator))
 
-# %% ../nbs/43_sampler.ipynb #c016
+# %% ../nbs/43_sampler.ipynb #c017
 @torch.inference_mode()
 def generate(
     lm,                        # a frozen model, `lm(ids, state) -> (logits, state)`
