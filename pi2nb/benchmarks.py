@@ -46,6 +46,7 @@ def _grid_job(changes): # one run of a grid
         sha256 = hashlib.sha256((Path(d)/'model.q2bin').read_bytes()).hexdigest()
     kept = 'steps', 'seconds', 'threads', 'params', 'bits_per_weight', 'bytes', 'logit_gap', 'test_bpb', 'holdings'
     return dict(commit=environment()['commit'], settings=asdict(t.cfg), **{k: rep[k] for k in kept}, sha256=sha256,
+        text=t.corpus.sha256(),
         train=[(r['step'], r['bpb']) for r in t.rows],
         valid=[(r['step'], r['valid_bpb']) for r in t.rows if 'valid_bpb' in r])
 

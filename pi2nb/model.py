@@ -166,7 +166,9 @@ _SHAPE = dict(layout='GQA, CfC*3', dim=192)
 
 register_recipe(Recipe('q2', '2-bit matrices in four even levels, straight-through; Muon and AdamW', _SHAPE))
 register_recipe(Recipe('dense', 'the float32 twin of q2: same shape, every code off',
-    _SHAPE | dict(code=None, gate_code=None, embed_code=None), dict(adam_lr=.032)));
+    _SHAPE | dict(code=None, gate_code=None, embed_code=None), dict(adam_lr=.032)))
+register_recipe(Recipe('phase', 'complex weights: two stages of quarter turns on pairs of features; learns like q2',
+    _SHAPE | dict(code='phase-2')));
 
 # %% ../nbs/41_model.ipynb #c028
 @torch.no_grad()

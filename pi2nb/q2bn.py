@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from fastcore.basics import patch
-from .codebook import Codebook, Coded
+from .codebook import Codebook, Coded, matrix_shape
 from .gray import pack_bits, pack_symbols, unpack_bits, unpack_symbols
-from .quantlinear import coded_state, load_coded_state
+from .quantlinear import coded_state, load_coded_state, stored_parameters
 from .tokenizer import tokenizer_from_dict
 from .geode import parse_layout
 from .model import LM, LMConfig
@@ -69,7 +69,7 @@ def _v2_quantise(w): # float32 [rows, cols] -> tau float16 [rows], symbols [rows
 # %% ../nbs/50_q2bn.ipynb #c013
 def _v2_rescale(name, c, lv): # Coded -> tau float16 [rows] so that lv*tau are its numbers, symbols [rows, cols]
     same = len(c.code.levels) == 4 and np.allclose(np.array(c.code.levels)/c.code.levels[-1], np.array(lv)/lv[-1])
-    _need(same and c.s.shape[1] == 1,
+    _need(same and c.s.shape == (c.shape[0], 1) and len(c.shape) > 1 and not c.code.rotation,
           f'{name} is held in {c.code.name}, which version 2 cannot say with these levels', 'write version 3')
     return (c.s[:, 0].float()*(c.code.levels[-1]/lv[-1])).half(), c.z
 
@@ -144,13 +144,13 @@ def _shape(dims, what):
 
 def _sizes(how, shape): # a code book or a dtype -> stream name: bytes
     if not isinstance(how, Codebook): return dict(values=prod(shape)*how.itemsize)
-    rows, cols = shape[0], prod(shape[1:])
-    return dict(scales=rows*(cols//(how.group or cols))*2, symbols=rows*-(-cols*how.bits//8))
+    rows, cols = matrix_shape(shape)
+    return dict(scales=prod(how.scale_shape(rows, cols))*2, symbols=rows*-(-cols*how.bits//8))
 
 # %% ../nbs/50_q2bn.ipynb #c021
 def _coded(code, shape, scales, symbols, what): # two byte strings of the right sizes -> Coded
-    rows, cols = shape[0], prod(shape[1:])
-    s, p = _from_le(scales, torch.float16, (rows, -1)), _from_le(symbols, torch.uint8, (rows, -1))
+    rows, cols = matrix_shape(shape)
+    s, p = _from_le(scales, torch.float16, code.scale_shape(rows, cols)), _from_le(symbols, torch.uint8, (rows, -1))
     _need(s.isfinite().all() and (s > 0).all(), f'a scale of {what} is zero, negative, NaN or infinity')
     _need(not (p[:, -1] & (1 << -cols*code.bits%8)-1).any(), f'the fill bits of {what} are not zero')
     z = unpack_symbols(p, cols) if code.bits == 2 else unpack_bits(p, cols, code.bits)
@@ -249,8 +249,8 @@ def _v3_parts(name, t, codes, done): # a state's value -> kind, what, shape, str
         _need(t.dtype in _DTYPES, f'{name} is {t.dtype}', 'use .float()')
         return 'raw', _DTYPES.index(t.dtype), tuple(t.shape), [_le(t)]
     _need(isinstance(t, Coded), f'{name} is a {type(t).__name__}', 'give a Coded, a tensor, or an earlier name')
-    rows, cols = t.shape[0], prod(t.shape[1:])
-    fits = t.z.shape == (rows, cols) and t.s.shape == (rows, cols//(t.code.group or max(cols, 1)))
+    rows, cols = matrix_shape(t.shape)
+    fits = t.z.shape == (rows, cols) and t.s.shape == t.code.scale_shape(rows, cols)
     _need(fits and (t.z.dtype, t.s.dtype) == (torch.uint8, torch.float16),
           f'{name} has symbols {tuple(t.z.shape)}, but the shape {t.shape}', 'make it with hold()')
     packed = pack_symbols(t.z) if t.code.bits == 2 else pack_bits(t.z, t.code.bits)
@@ -341,7 +341,7 @@ def _v3_value(name, kind, shape, ref, d, books, before): # -> Record
     hows = books if kind == 'coded' else _DTYPES
     _need(ref < len(hows), f'{name} refers to code book or dtype {ref}, which does not exist')
     if kind == 'coded':
-        _need(len(shape) > 1 and prod(shape[1:]) % (books[ref].group or 1) == 0,
+        _need(shape and matrix_shape(shape)[1] % max(books[ref].group, 1) == 0,
               f'{name} has the shape {shape}, which {books[ref].name} cannot hold')
     return _tensor(name, hows[ref], shape, d, _ALIGN)
 
@@ -518,17 +518,16 @@ def save_model(
 
 # %% ../nbs/50_q2bn.ipynb #c067
 def _check_fit(lm, state): # does this (weightless) model have the names, shapes, codes and ties of the state?
-    layers, first = dict(lm.named_modules()), {}
-    params = dict(lm.named_parameters(remove_duplicate=False))
-    _need(params.keys() == state.keys(), 'the records are not the weights of the model that the meta block describes')
-    for k,p in params.items():
+    stored, first = list(stored_parameters(lm)), {}
+    _need({k for k,_,_ in stored} == state.keys(),
+          'the records are not the weights of the model that the meta block describes')
+    for k, layer, p in stored:
         tie = first.setdefault(id(p), k)
         _need(tie == (state[k] if isinstance(state[k], str) else k), f'{k} is not tied as the configuration says')
-        v, (owner, _, leaf) = state[tie], k.rpartition('.')
+        v = state[tie]
         _need(tuple(v.shape) == tuple(p.shape),
               f'{k} has the shape {tuple(v.shape)} but the model needs {tuple(p.shape)}')
-        code = getattr(layers[owner], 'code', None) if leaf == 'weight' else None
-        _need((code.name if isinstance(code, Codebook) else code) == (v.code.name if isinstance(v, Coded) else None),
+        _need((layer.code.name if layer else None) == (v.code.name if isinstance(v, Coded) else None),
               f'{k} is not held in the code that the configuration names')
 
 # %% ../nbs/50_q2bn.ipynb #c068
