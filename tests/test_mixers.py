@@ -248,7 +248,7 @@ def test_cfc_gates_at_the_ends():
 
 def test_cfc_refuses():
     with pytest.raises(ValueError, match='at least 1'): CfCBlock(0)
-    with pytest.raises(ValueError, match='unknown code'): CfCBlock(4, gate_code='int3')
+    with pytest.raises(ValueError, match='unknown code'): CfCBlock(4, gate_code='int9')
 
 
 # layouts
