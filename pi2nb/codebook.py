@@ -84,17 +84,22 @@ def _by_scale(self:Codebook, x): # matrix -> [scale rows, scale columns, weights
     return x.reshape(*shape, x.numel()//max(1, prod(shape)))
 
 # %% ../nbs/10_codebook.ipynb #new3
-def _least_squares(x, code): # search scales between one that clips nothing and one that clips most, then refine
+def _least_squares(x, code): # in pieces that stay in the cache
+    n, g = x.shape[0]*x.shape[1], x.shape[2]
+    return torch.cat([_search(p, code) for p in x.reshape(n, g).split(max(1, 2**16//g))]).view(x.shape[:2])
+
+def _search(x, code): # [n, g] -> [n]: scales between one that clips nothing and one that clips most, then refine the best
     most = max(map(abs, code.levels))
     top = x.abs().amax(-1, keepdim=True).clamp(min=_TINY)/most
     low = x.square().mean(-1, keepdim=True).sqrt().clamp(min=_TINY)/most/2
+    def at(s): return code._values(code._symbols(x/s))
     err, best = torch.full_like(top, inf), top
-    for i in range(33):
-        s = top**(1-i/32)*low**(i/32)
-        e = (code._values(code._symbols(x/s))*s - x).square().mean(-1, keepdim=True)
+    for i in range(25):
+        s = top**(1-i/24)*low**(i/24)
+        e = (at(s)*s).sub_(x).square_().sum(-1, keepdim=True)
         err, best = torch.minimum(e, err), torch.where(e < err, s, best)
-    v = code._values(code._symbols(x/best))
-    return torch.where(v.any(-1, keepdim=True), (v*x).sum(-1, keepdim=True)/v.square().sum(-1, keepdim=True), best)[..., 0]
+    v = at(best)
+    return torch.where(v.any(-1), (v*x).sum(-1)/v.square().sum(-1), best[:, 0])
 
 _RULES = dict(rms=lambda x, code: x.square().mean(-1).sqrt(), absmean=lambda x, code: x.abs().mean(-1),
               absmax=lambda x, code: x.abs().amax(-1), mse=_least_squares)
