@@ -21,7 +21,7 @@ class Codebook:
     levels:tuple         # value of each symbol in units of the scale, ascending
     cuts:tuple           # cell borders in units of the scale, ascending, one fewer than `levels`
     rule:str             # scale rule: 'rms', 'absmean', 'absmax' or 'mse'
-    factor:float = 1.    # the scale is `factor` times what the rule measures
+    factor:float = 1.    # the scale is `factor` times what the rule measures; 'mse' needs none
     group:int = 0        # weights that share one scale; 0 means a whole row, -1 the whole matrix
     digits:int = 11      # significant binary digits of a scale; float16 has 11
     rotation:str = ''    # orthogonal map before the code: '', 'hadamard' or 'pairs'
@@ -101,14 +101,14 @@ def _search(x, code): # [n, g] -> [n]: scales between one that clips nothing and
     v = at(best)
     return torch.where(v.any(-1), (v*x).sum(-1)/v.square().sum(-1), best[:, 0])
 
-_RULES = dict(rms=lambda x, code: x.square().mean(-1).sqrt(), absmean=lambda x, code: x.abs().mean(-1),
-              absmax=lambda x, code: x.abs().amax(-1), mse=_least_squares)
+_RULES = dict(rms=lambda x, code: code.factor*x.square().mean(-1).sqrt(), mse=_least_squares,
+              absmean=lambda x, code: code.factor*x.abs().mean(-1), absmax=lambda x, code: code.factor*x.abs().amax(-1))
 
 # %% ../nbs/10_codebook.ipynb #new4
 @patch
 def _scale(self:Codebook, x, gain=None): # turned weights by scale -> float16 [scale rows, scale columns]
     if not x.numel(): return torch.full(x.shape[:-1], _TINY, dtype=torch.float16, device=x.device)
-    m = _RULES[self.rule](x, self)*self.factor
+    m = _RULES[self.rule](x, self)
     if gain is not None: m = m*gain
     return _shorten(m.clamp(min=_TINY), self.digits, self.rule == 'absmax').half()
 
