@@ -6,7 +6,8 @@ from math import log10
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from pi2nb.codebook import CODES, Codebook, codebook, gaussian_distortion, hadamard, hold, mix_pairs
+from pi2nb.codebook import CODES, Codebook, codebook, hadamard, hold, mix_pairs
+from pi2nb.distortion import gaussian_distortion
 
 codes = pytest.mark.parametrize('code', CODES.values(), ids=list(CODES))
 shapes = st.lists(st.integers(0, 9), min_size=1, max_size=4)
