@@ -84,7 +84,7 @@ def _turn(self:Codebook, w): # [rows, cols] into the frame where the code works,
     return mix_pairs(w) if self.rotation == 'pairs' else w
 
 # %% ../nbs/10_codebook.ipynb #c013
-def _shorten(s, digits, up): # positive float32 with that many significant binary digits: the next above, or the nearest
+def _shorten(s, digits, up): # float32 with that many significant binary digits: the next away from 0, or the nearest
     gone = (1 << 24-digits) - 1                                  # the last bits of the 24 that float32 has
     i = s.view(torch.int32)
     i = i + (gone if up else (gone >> 1) + (i >> 24-digits & 1)) # nearest, ties to even
@@ -164,7 +164,8 @@ def _values(self:Codebook, k): # the level of each (float) symbol, in units of t
 @patch
 def _held(self:Codebook, x): # turned weights [rows, cols] -> the weights that are held
     w = self._turn(x)
-    return w.bfloat16().float() if self.held == 'bfloat16' else w
+    if self.held == 'float32': return w
+    return _shorten(w, 8, False) if torch.compiler.is_compiling() else w.bfloat16().float() # compilers drop a cast there and back
 
 # %% ../nbs/10_codebook.ipynb #c019
 @patch
