@@ -11,6 +11,7 @@ from math import ceil, floor, inf, isclose, log2, pi, prod
 import torch
 from torch import Tensor
 from fastcore.basics import patch
+from .gray import pack_bits, pack_symbols, unpack_bits, unpack_symbols
 
 # %% ../nbs/10_codebook.ipynb #c008
 @dataclass(frozen=True)
@@ -301,6 +302,22 @@ def hold(
     if not s.isfinite().all():
         raise ValueError('a row of weights is too large for a float16 scale (65504); rescale the layer')
     return Coded(code, code.encode(m, s), s, tuple(w.shape))
+
+# %% ../nbs/10_codebook.ipynb #new2
+@patch
+def pack(self:Codebook,
+    z:Tensor # uint8 symbols [..., n]
+) -> Tensor: # uint8 [..., ceil(n*bits/8)]
+    "Symbols as bytes, every row filled up to a whole byte; raises ValueError on a symbol that is too large"
+    return pack_symbols(z) if self.bits == 2 else pack_bits(z, self.bits)
+
+@patch
+def unpack(self:Codebook,
+    p:Tensor, # uint8 [..., ceil(n*bits/8)], as `pack` made it
+    n:int     # symbols per row
+) -> Tensor:  # uint8 symbols [..., n]
+    "The symbols again; raises ValueError if rows of `n` symbols do not fit the bytes"
+    return unpack_symbols(p, n) if self.bits == 2 else unpack_bits(p, n, self.bits)
 
 # %% ../nbs/10_codebook.ipynb #c047
 def _plain(t): # numbers -> a list, or first, step and count if they are many and evenly spaced

@@ -12,14 +12,10 @@ import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
-from .gray import pack_bits, pack_symbols, unpack_bits, unpack_symbols
 from .codebook import Codebook, Coded, _shorten
 from .quantlinear import QuantEmbedding, QuantLinear
 
 # %% ../nbs/14_packed.ipynb #d07fac39
-def _pack(z, bits): return pack_symbols(z) if bits == 2 else pack_bits(z, bits)
-def _unpack(p, n, bits): return unpack_symbols(p, n) if bits == 2 else unpack_bits(p, n, bits)
-
 def decode_packed(
     packed:Tensor,  # bytes of the symbols, uint8 [rows, ceil(cols*bits/8)]
     scales:Tensor,  # float16 numbers, see `Codebook.scale_shape`
@@ -35,11 +31,11 @@ class _Decode(torch.autograd.Function): # a weight is level times scale; roundin
     def forward(ctx, packed, scales, code, cols):
         ctx.save_for_backward(packed)
         ctx.code, ctx.cols = code, cols
-        return code.decode(_unpack(packed, cols, code.bits), scales)
+        return code.decode(code.unpack(packed, cols), scales)
 
     @staticmethod
     def backward(ctx, g):
-        code, z = ctx.code, _unpack(ctx.saved_tensors[0], ctx.cols, ctx.code.bits)
+        code, z = ctx.code, ctx.code.unpack(ctx.saved_tensors[0], ctx.cols)
         levels = code._values(code._by_scale(z.float()))
         return None, (code._by_scale(code._turn(g))*levels).sum(-1), None, None
 
@@ -53,7 +49,7 @@ class PackedWeight(nn.Module):
         super().__init__()
         if len(c.shape) != 2: raise ValueError(f'a layer has a matrix of weights, not a tensor of shape {c.shape}; reshape it first')
         self.code, self.shape, self.dtype = c.code, c.shape, torch.float32
-        self.register_buffer('symbols', _pack(c.z, c.code.bits))
+        self.register_buffer('symbols', c.code.pack(c.z))
         if magnitudes: self.scales = nn.Parameter(c.s.float())
         else: self.register_buffer('scales', c.s.clone())
 
@@ -74,7 +70,7 @@ def stored_scales(self:PackedWeight) -> Tensor: # float16 numbers; a parameter g
 @patch
 def coded(self:PackedWeight) -> Coded:
     "The way back: symbols, a byte each, and float16 scales"
-    z = _unpack(self.symbols, self.shape[1], self.code.bits)
+    z = self.code.unpack(self.symbols, self.shape[1])
     return Coded(self.code, z, self.stored_scales().detach().half(), self.shape)
 
 # %% ../nbs/14_packed.ipynb #b567d240

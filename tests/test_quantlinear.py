@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from pi2nb.codebook import CODES
 from pi2nb.model import LM, LMConfig
+from pi2nb.packed import pack_model
 from pi2nb.q2bn import load_model, save_model
 from pi2nb.quantlinear import (Pi2Embedding, Pi2Linear, Pi2RMSNorm, Q2Linear, QuantEmbedding, QuantLinear, coded_state, fake_quantize,
                                frozen_copy, load_coded_state)
@@ -68,6 +69,7 @@ def test_autocast_computes_with_the_held_weights(code):
 
 @pytest.mark.parametrize('code', ['q2', 'int8', 'lsq', 'phase-2', 'q2-hadamard', 'pi2-8'])
 def test_compiled_layers_give_the_same(code):
+    torch.compiler.reset()
     m = nn.Sequential(QuantLinear(16, 8, code), nn.ReLU(), QuantLinear(8, 3, code))
     x, fast = torch.randn(5, 16), torch.compile(m, backend='aot_eager')
     m(x).sum().backward()
@@ -127,6 +129,15 @@ def test_a_language_model_in_any_code_and_its_file(code, tmp_path):
     back, _, _ = load_model(tmp_path/'m.q2bin')
     for half in (False, True):
         with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=half): assert torch.equal(lm(ids)[0], back(ids)[0])
+
+
+def test_one_module_under_two_names_and_packed_models_are_written():
+    m = nn.Module()
+    m.a = m.b = QuantLinear(4, 3, 'q2')
+    assert coded_state(m)['b.weight'] == 'a.weight'
+    want, packed = coded_state(m)['a.weight'], pack_model(deepcopy(m))
+    assert torch.equal(coded_state(packed)['a.weight'].z, want.z) and coded_state(packed)['b.weight'] == 'a.weight'
+    with pytest.raises(ValueError, match='lies packed'): load_coded_state(packed, coded_state(m))
 
 
 def test_a_state_must_belong():
