@@ -8,6 +8,7 @@ __all__ = ['gray', 'ungray', 'lee', 'pack_symbols', 'unpack_symbols', 'pack_bits
 # %% ../nbs/02_gray.ipynb #c002
 import torch
 from torch import Tensor
+import torch.nn.functional as F
 
 # %% ../nbs/02_gray.ipynb #c007
 def gray(
@@ -34,17 +35,24 @@ def lee(
 # %% ../nbs/02_gray.ipynb #c025
 _FOLD = 1<<30 | 1<<20 | 1<<10 | 1
 
+def _blocks(*ts): # flat tensors of one length, side by side: in pieces that fit the cache of a CPU, whole elsewhere
+    return zip(*(t.split(1 << 17 if t.is_cpu else max(1, t.numel())) for t in ts))
+
 def pack_symbols(
     z:Tensor # symbols [..., n], uint8, values 0..3
 ) -> Tensor: # uint8 [..., ceil(n/4)], Gray-coded, first symbol in the top bits, a row's last byte filled with 00
     "Four symbols in a byte; raises ValueError on anything but bytes 0..3"
     if z.dtype != torch.uint8: raise ValueError(f'symbols are uint8, not {z.dtype}; convert them with .to(torch.uint8)')
-    if z.numel() and z.max() > 3:
-        raise ValueError(f'a 2-bit symbol is 0, 1, 2 or 3, not {z.max().item()}; encode the weights first')
     n, lead = z.shape[-1], z.shape[:-1]
-    q = z.new_zeros(*lead, -(-n//4)*4)
-    q[..., :n] = gray(z)
-    return (q.flatten().view(torch.int32)*_FOLD >> 24).to(torch.uint8).view(*lead, -(-n//4))
+    if n%4 or z.storage_offset()%4: z = F.pad(z, (0, -n%4)) # a copy in which every four symbols are one integer
+    q = z.flatten().view(torch.int32)
+    p = torch.empty_like(q, dtype=torch.uint8)
+    for four, byte in _blocks(q, p):
+        if len(four) and (top := four.view(torch.uint8).max()) > 3:
+            raise ValueError(f'a 2-bit symbol is 0, 1, 2 or 3, not {top.item()}; encode the weights first')
+        byte.copy_((four*_FOLD).bitwise_right_shift_(24))
+        byte.bitwise_xor_((byte >> 1).bitwise_and_(0b01010101))
+    return p.view(*lead, -(-n//4))
 
 # %% ../nbs/02_gray.ipynb #c030
 _byte = torch.arange(256, dtype=torch.uint8)[:, None]
@@ -58,9 +66,10 @@ def unpack_symbols(
     if p.dtype != torch.uint8: raise ValueError(f'packed symbols are uint8, not {p.dtype}')
     if p.shape[-1] != -(-n//4):
         raise ValueError(f'{n} symbols take {-(-n//4)} bytes, not {p.shape[-1]}; check the row length')
-    four = _FOUR.to(p.device).view(torch.int32).flatten()
-    z = four.index_select(0, p.flatten().int()).view(torch.uint8)
-    return z.view(*p.shape[:-1], p.shape[-1]*4)[..., :n].contiguous()
+    four, flat = _FOUR.to(p.device).view(torch.int32).flatten(), p.flatten()
+    z = torch.empty_like(flat, dtype=torch.int32)
+    for byte, symbols in _blocks(flat, z): torch.index_select(four, 0, byte.int(), out=symbols)
+    return z.view(torch.uint8).view(*p.shape[:-1], p.shape[-1]*4)[..., :n].contiguous()
 
 # %% ../nbs/02_gray.ipynb #c037
 def pack_bits(
@@ -72,6 +81,7 @@ def pack_bits(
         raise ValueError(f'pack uint8 numbers in 1..8 bits, not {v.dtype} in {bits}')
     if v.numel() and int(v.max()) >> bits:
         raise ValueError(f'{v.max().item()} does not fit in {bits} bits; choose a wider code')
+    if bits == 8: return v.clone()
     n, lead = v.shape[-1], v.shape[:-1]
     q = v.new_zeros(*lead, -(-n//8)*8); q[..., :n] = v
     q, p = q.view(*lead, -(-n//8), 8), v.new_zeros(*lead, -(-n//8), bits+1)
@@ -92,6 +102,7 @@ def unpack_bits(
         raise ValueError(f'unpack uint8 bytes in 1..8 bits, not {p.dtype} in {bits}')
     if p.shape[-1] != -(-n*bits//8):
         raise ValueError(f'{n} numbers take {-(-n*bits//8)} bytes, not {p.shape[-1]}; check the row length')
+    if bits == 8: return p.clone()
     lead, groups = p.shape[:-1], -(-n//8)
     q = p.new_zeros(*lead, groups*bits+1); q[..., :p.shape[-1]] = p
     v = p.new_empty(*lead, groups, 8)

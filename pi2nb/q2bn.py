@@ -16,7 +16,7 @@ import numpy as np, torch
 from torch import Tensor
 from fastcore.basics import patch
 from .codebook import Codebook, Coded, matrix_shape
-from .gray import pack_bits, pack_symbols, unpack_bits, unpack_symbols
+from .gray import pack_symbols
 from .quantlinear import coded_state, load_coded_state, stored_parameters
 from .tokenizer import tokenizer_from_dict
 from .geode import parse_layout
@@ -153,7 +153,7 @@ def _coded(code, shape, scales, symbols, what): # two byte strings of the right 
     s, p = _from_le(scales, torch.float16, code.scale_shape(rows, cols)), _from_le(symbols, torch.uint8, (rows, -1))
     _need(s.isfinite().all() and (s > 0).all(), f'a scale of {what} is zero, negative, NaN or infinity')
     _need(not (p[:, -1] & (1 << -cols*code.bits%8)-1).any(), f'the fill bits of {what} are not zero')
-    z = unpack_symbols(p, cols) if code.bits == 2 else unpack_bits(p, cols, code.bits)
+    z = code.unpack(p, cols)
     _need(int(z.max()) < len(code.levels),
           f'{what} holds the symbol {int(z.max())}, but the last one of {code.name} is {len(code.levels)-1}')
     return Coded(code, z, s, shape)
@@ -253,8 +253,7 @@ def _v3_parts(name, t, codes, done): # a state's value -> kind, what, shape, str
     fits = t.z.shape == (rows, cols) and t.s.shape == t.code.scale_shape(rows, cols)
     _need(fits and (t.z.dtype, t.s.dtype) == (torch.uint8, torch.float16),
           f'{name} has symbols {tuple(t.z.shape)}, but the shape {t.shape}', 'make it with hold()')
-    packed = pack_symbols(t.z) if t.code.bits == 2 else pack_bits(t.z, t.code.bits)
-    return 'coded', codes.index(t.code.name), tuple(t.shape), [_le(t.s), _le(packed)]
+    return 'coded', codes.index(t.code.name), tuple(t.shape), [_le(t.s), _le(t.code.pack(t.z))]
 
 # %% ../nbs/50_q2bn.ipynb #c036
 def _v3_file(text, records):

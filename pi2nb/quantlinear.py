@@ -164,23 +164,23 @@ class Pi2RMSNorm(CodedWeight, nn.RMSNorm):
 def stored_parameters(
     model:nn.Module # any module
 ):
-    "Every (name, layer, parameter) that is stored; the layer is None where no code holds it, learned gains are left out"
-    layers = dict(model.named_modules())
-    for name, p in model.named_parameters(remove_duplicate=False):
-        owner, _, leaf = name.rpartition('.')
-        coded = getattr(layers[owner], 'code', None) is not None
-        if not (coded and leaf == 'gain'): yield name, layers[owner] if coded and leaf == 'weight' else None, p
+    "Every (name, layer or None where no code holds it, parameter) that is stored; a packed weight is layer and parameter"
+    for owner, m in model.named_modules(remove_duplicate=False):
+        coded = getattr(m, 'code', None) is not None
+        if coded and not isinstance(m, CodedWeight): yield owner, m, m   # see chapter 14
+        else: yield from ((f'{owner}.{leaf}'.lstrip('.'), m if coded and leaf == 'weight' else None, p)
+                          for leaf,p in m._parameters.items() if p is not None and not (coded and leaf == 'gain'))
 
 # %% ../nbs/11_quantlinear.ipynb #c026
 def coded_state(
-    model:nn.Module # any module; its `CodedWeight` layers say how they are held
+    model:nn.Module # any module; its layers say how they are held
 ) -> dict:          # name -> `Coded`, a float32 tensor, or the name (str) of the earlier tensor it shares
     "Every parameter as the file holds it; raises ValueError (naming the parameter) on NaN or infinity"
     state, seen = {}, {}
     for name, layer, p in stored_parameters(model):
         if id(p) in seen: state[name] = seen[id(p)]; continue
         seen[id(p)] = name
-        if not p.isfinite().all():
+        if isinstance(p, Tensor) and not p.isfinite().all():
             raise ValueError(f'{name} holds NaN or infinity; go back to the last good checkpoint')
         state[name] = layer.coded() if layer else p.detach().float().cpu().clone()
     return state
@@ -197,6 +197,7 @@ def load_coded_state(
         raise ValueError(f'the weights do not belong to this model: {odd[0]} is only in one of the two')
     for name, layer, p in stored:
         v = state[state[name]] if isinstance(state[name], str) else state[name]
+        if layer is p: raise ValueError(f'{name} lies packed; load the state into the model first, then pack it')
         if v.shape != p.shape:
             raise ValueError(f'{name} has shape {tuple(v.shape)} in the file and {tuple(p.shape)} in the model')
         p.copy_(v.decode() if isinstance(v, Coded) else v)

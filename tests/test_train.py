@@ -9,6 +9,7 @@ from pi2nb.corpus import load_corpus
 from pi2nb.governor import DeadRun
 from pi2nb.model import LM, MIXERS, RECIPES, LMConfig, looks_ahead, recipe
 from pi2nb.q2bn import load_model
+from pi2nb.sampler import Sampler, generate
 from pi2nb.train import Interrupted, Trainer, configure, resume, twin_of
 
 TOY = dict(layout='GQA, CfC', dim=32, heads=2, kv_heads=1, window=32, context=64, batch=4, steps=24, log_every=4, eval_every=8, eval_bytes=512, save_every=7)
@@ -55,6 +56,23 @@ def test_interrupted_anywhere_same_file(tmp_path, text, precision):
         again.pack()
         assert sha(out) == want, f'interrupted after step {at}'
         assert [json.loads(l)['step'] for l in (out/'metrics.jsonl').read_text().splitlines()] == list(range(4, 25, 4))
+
+
+@pytest.mark.parametrize('name, code', [('phase', 'phase-2'), ('q2', 'lsq'), ('q2', 'q2-hadamard, group=32')])
+def test_other_codes_stop_and_go_on_to_the_same_file_and_write(tmp_path, text, name, code):
+    cfg = configure(name, **TOY | dict(code=code))
+    t = Trainer(cfg, tmp_path/'whole', text[1], 'cpu')
+    t.fit(show=False)
+    assert t.pack()['logit_gap'] == 0
+    start = Trainer(cfg, tmp_path/'cut', text[1], 'cpu')
+    for _ in range(11): start.train_step()
+    start.save()
+    again = resume(tmp_path/'cut', text[1], 'cpu')
+    again.fit(show=False)
+    again.pack()
+    assert sha(tmp_path/'cut') == sha(tmp_path/'whole')
+    lm, tok, meta = load_model(tmp_path/'cut'/'model.q2bin')
+    assert lm.config.code == code and len(b''.join(generate(lm, tok, 'A', 5, Sampler(), seed=0))) == 5
 
 
 def test_a_crash_between_checkpoints_loses_only_the_steps_since(tmp_path, text):
