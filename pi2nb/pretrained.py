@@ -27,18 +27,18 @@ def _names(layers): # {name in transformers: name in GGUF}, in the order of a ll
     blocks = {f'model.layers.{i}.{k}.weight': f'blk.{i}.{g}.weight' for k,g in _KINDS.items() for i in range(layers)}
     return {'model.embed_tokens.weight': 'token_embd.weight', **blocks, 'model.norm.weight': 'output_norm.weight'}
 
-# %% ../nbs/64_pretrained.ipynb #c012
+# %% ../nbs/64_pretrained.ipynb #c011
 def _halves(w, heads): # the rows of every head: even ones first, then the odd ones
     return w.view(heads, -1, 2, w.shape[-1]).transpose(1, 2).reshape(w.shape)
 
 def _place(model, name, w): # copies `w` to the parameter `name`, which may need its rows sorted
     p, c = model.get_parameter(name), model.config
     heads = {'q_proj': c.num_attention_heads, 'k_proj': c.num_key_value_heads}.get(name.split('.')[-2])
-    if w.numel() != p.numel(): raise ValueError(f'{name} has {w.numel():,} weights and should have {p.numel():,}')
+    if w.numel() != p.numel(): raise ValueError(f'{name} has {w.numel():,} weights and should have {p.numel():,}; fetch the file again')
     w = w.view(p.shape)
     p.data.copy_(_halves(w, heads) if heads else w)
 
-# %% ../nbs/64_pretrained.ipynb #c017
+# %% ../nbs/64_pretrained.ipynb #c015
 def _llama2c_sizes(path): # -> the seven numbers of the header, after comparing them with the length of the file
     if not path.is_file(): raise FileNotFoundError(f'there is no file {path}; give the path of a llama2.c model')
     with path.open('rb') as f: head = f.read(28)
@@ -53,7 +53,7 @@ def _llama2c_sizes(path): # -> the seven numbers of the header, after comparing 
         raise ValueError(f'{path.name} has {have:,} bytes where its header announces {want:,}: it is {what}')
     return sizes
 
-# %% ../nbs/64_pretrained.ipynb #c020
+# %% ../nbs/64_pretrained.ipynb #c017
 def load_llama2c(
     path:str|Path # a model in llama2.c's first format (version 0, float32)
 ) -> LlamaForCausalLM: # in evaluation mode, float32
@@ -71,7 +71,7 @@ def load_llama2c(
     if vocab < 0: _place(model, 'lm_head.weight', flat[-abs(vocab)*dim:])
     return model
 
-# %% ../nbs/64_pretrained.ipynb #c027
+# %% ../nbs/64_pretrained.ipynb #c023
 def _gguf_reader(path): # -> gguf.GGUFReader
     if not path.is_file(): raise FileNotFoundError(f'there is no file {path}; give the path of a GGUF model')
     with path.open('rb') as f: magic = f.read(4)
@@ -81,23 +81,23 @@ def _gguf_reader(path): # -> gguf.GGUFReader
     except (ValueError, IndexError, KeyError, OSError):
         raise ValueError(f'{path.name} is a damaged GGUF file; fetch it again') from None
 
-# %% ../nbs/64_pretrained.ipynb #c028
+# %% ../nbs/64_pretrained.ipynb #c024
 _SIZES = dict(hidden_size='embedding_length', intermediate_size='feed_forward_length', num_hidden_layers='block_count',
               num_attention_heads='attention.head_count', num_key_value_heads='attention.head_count_kv',
               max_position_embeddings='context_length', rms_norm_eps='attention.layer_norm_rms_epsilon')
 
 def _gguf_sizes(reader, name): # -> arguments of LlamaConfig
-    def ask(key, default=None): return f.contents() if (f := reader.get_field(f'{key}')) else default
+    def ask(key, default=None): return f.contents() if (f := reader.get_field(key)) else default
     kind, heads = ask('general.architecture'), ask('llama.attention.head_count')
     sizes = {k: ask(f'llama.{g}', heads if 'kv' in g else None) for k,g in _SIZES.items()}
-    if missing := [g for k,g in _SIZES.items() if sizes[k] is None]:
+    if missing := [g for k,g in _SIZES.items() if not sizes[k]]:
         raise ValueError(f'{name} holds a model of kind {kind!r} without llama.{missing[0]}; give a Llama')
     turned = ask('llama.rope.dimension_count', sizes['hidden_size']//heads)
     if ask('llama.rope.scaling.type', 'none') != 'none' or turned*heads != sizes['hidden_size']:
         raise ValueError(f'{name} scales its rotary positions or turns a part of a head; give a plain Llama')
     return sizes | dict(rope_theta=ask('llama.rope.freq_base', 1e4), bos_token_id=1, eos_token_id=2)
 
-# %% ../nbs/64_pretrained.ipynb #c029
+# %% ../nbs/64_pretrained.ipynb #c025
 def load_gguf(
     path:str|Path # a GGUF file that holds a plain Llama, its weights in any of the format's types
 ) -> LlamaForCausalLM: # in evaluation mode, float32
@@ -117,30 +117,30 @@ def load_gguf(
         _place(model, name, torch.from_numpy(np.array(w)))
     return model
 
-# %% ../nbs/64_pretrained.ipynb #c034
+# %% ../nbs/64_pretrained.ipynb #c029
 def min_max(
     w:Tensor,     # weights [rows, cols]
     bits:int,     # 2**bits evenly spaced values
     group:int = 0 # weights of a row that share two stored numbers, smallest value and step; 0: the whole row
 ) -> Tensor:      # [rows, cols]
     "Round to nearest between the smallest and the largest value; raises ValueError if the group does not divide the columns"
+    if w.ndim != 2 or not w.numel(): raise ValueError(f'a tensor of shape {tuple(w.shape)} has no rows to round; give a matrix')
     cols = w.shape[1]
     if bits < 1 or group < 0 or (group and cols % group):
         raise ValueError(f'{bits} bits in groups of {group} do not fit {cols} columns; take 1 bit or more, and a divisor')
-    x = w.unflatten(1, (-1, group or max(cols, 1)))
+    x = w.unflatten(1, (-1, group or cols))
     low = x.amin(-1, keepdim=True)
     step = (x.amax(-1, keepdim=True) - low)/(2**bits - 1)
     return (((x - low)/step.clamp(min=1e-30)).round()*step + low).flatten(1)
 
-# %% ../nbs/64_pretrained.ipynb #c037
 def relative_error(
     q:Tensor, # rounded weights [rows, cols]
     w:Tensor  # the weights before [rows, cols]
 ) -> float:   # 0: nothing changed; 1: as bad as replacing every row by its mean
     "Mean squared error in units of the variance of the rows"
-    return ((q - w).square().sum()/(w - w.mean(1, keepdim=True)).square().sum()).item()
+    return ((q - w).square().sum()/(w - w.mean(1, keepdim=True)).square().sum().clamp(min=1e-30)).item()
 
-# %% ../nbs/64_pretrained.ipynb #c042
+# %% ../nbs/64_pretrained.ipynb #c034
 class ScoreTokenizer:
     "Tokens with scores, as llama2.c keeps them: text is joined greedily, best score first"
     def __init__(self,
@@ -154,23 +154,21 @@ class ScoreTokenizer:
         self.ids = {p: i for i,p in reversed(list(enumerate(pieces)))}
     def __repr__(self): return f'{type(self).__name__}({self.vocab_size} tokens)'
 
-# %% ../nbs/64_pretrained.ipynb #c044
+# %% ../nbs/64_pretrained.ipynb #c036
 @patch
 def encode(self:ScoreTokenizer,
     text:str # text to write as tokens; a space is put before it unless it is empty
 ) -> list: # token ids, without the token that begins a text
     "Join neighbours, best score first, until nothing can be joined"
-    ids = []
-    for c in (' ' + text if text else ''):
-        c = c.encode('utf-8', 'surrogateescape')
-        ids += [self.ids[c]] if c in self.ids else [3 + b for b in c]
+    if not isinstance(text, str): raise TypeError(f'this tokenizer reads str, not {type(text).__name__}')
+    letters = [c.encode('utf-8', 'surrogateescape') for c in (' ' + text if text else '')]
+    ids = [i for c in letters for i in ([self.ids[c]] if c in self.ids else [3 + b for b in c])]
     while True:
         unions = [self.ids.get(self.pieces[a] + self.pieces[b]) for a,b in zip(ids, ids[1:])]
         best = max((i for i,u in enumerate(unions) if u is not None), key=lambda i: self.scores[unions[i]], default=None)
         if best is None: return ids
         ids[best:best + 2] = [unions[best]]
 
-# %% ../nbs/64_pretrained.ipynb #c048
 @patch
 def decode(self:ScoreTokenizer,
     ids # token ids: a list, an array or a tensor
@@ -182,7 +180,7 @@ def decode(self:ScoreTokenizer,
     text = b''.join(bytes([i - 3]) if i < 259 else self.pieces[i] for i in ids if i > 2)
     return text[1:] if text[:1] == b' ' else text
 
-# %% ../nbs/64_pretrained.ipynb #c051
+# %% ../nbs/64_pretrained.ipynb #c040
 @patch(cls_method=True)
 def load(cls:ScoreTokenizer,
     path:str|Path # a llama2.c tokenizer file
@@ -199,35 +197,36 @@ def load(cls:ScoreTokenizer,
     if i != len(raw): raise ValueError(f'{path.name} does not end with the end of a token; fetch it again')
     return cls([p for p,_ in found], [s for _,s in found])
 
-# %% ../nbs/64_pretrained.ipynb #c054
+# %% ../nbs/64_pretrained.ipynb #c043
 def cut_windows(
     ids,             # token ids of a text: a list, an array or a tensor
     window:int = 512 # tokens in each window
 ) -> list:           # int64 tensors [window]; what remains at the end is left out
     "Whole windows that do not overlap; raises ValueError if there is not one"
-    ids = torch.as_tensor(ids, dtype=torch.int64).flatten()
+    ids = torch.as_tensor(ids).flatten()
+    if len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool): raise ValueError(f'token ids are integers, not {ids.dtype}')
     if window < 2: raise ValueError(f'a window of {window} tokens has nothing to predict; take 2 or more')
     if len(ids) < window: raise ValueError(f'{len(ids)} tokens do not fill a window of {window}; take a longer text')
-    return list(ids[:len(ids)//window*window].view(-1, window))
+    return list(ids[:len(ids)//window*window].long().view(-1, window))
 
-# %% ../nbs/64_pretrained.ipynb #c056
 @torch.inference_mode()
 def next_token_nats(
-    model:torch.nn.Module, # model(ids int64 [1, time]).logits is float [1, time, vocab]
-    windows:list           # int64 tensors [time], each read on its own
+    model:LlamaForCausalLM, # or any model of `transformers` that gives `logits`
+    windows:list            # int64 tensors [time], each read on its own
 ) -> Tensor: # float64 [tokens]: -log p of every token but the first of each window
-    "What the tokens of the windows cost; raises ValueError if there is none or the model gives no number"
+    "What the tokens of the windows cost; raises ValueError if there is none, an id is unknown, or the model gives no number"
     if not windows or min(map(len, windows)) < 2:
         raise ValueError('a window of one token has nothing to predict; give at least one window, of two tokens or more')
+    if max(map(Tensor.max, windows)) >= model.config.vocab_size or min(map(Tensor.min, windows)) < 0:
+        raise ValueError(f'a token is not in the vocabulary of {model.config.vocab_size}; use the tokenizer of the model')
     device, costs = next(model.parameters()).device, []
-    for w in windows:
-        w = w.to(device)
+    for w in (w.to(device) for w in windows):
         costs.append(F.cross_entropy(model(w[None, :-1]).logits[0].float(), w[1:], reduction='none').double().cpu())
     nats = torch.cat(costs)
     if nats.isnan().any(): raise ValueError(f'the model gives no number for token {int(nats.isnan().nonzero()[0])}')
     return nats.clone()
 
-# %% ../nbs/64_pretrained.ipynb #c062
+# %% ../nbs/64_pretrained.ipynb #c047
 def _chosen(model, everything): # names of the matrices that are rounded
     return [n for n,p in model.named_parameters() if p.ndim == 2 and (everything or '.layers.' in n)]
 
@@ -252,7 +251,7 @@ def round_model(
         stored, weights = stored + p.numel()*(bits + 32/(g or p.shape[1])), weights + p.numel()
     return model, stored/weights
 
-# %% ../nbs/64_pretrained.ipynb #c065
+# %% ../nbs/64_pretrained.ipynb #c051
 def rounding_cost(
     model:LlamaForCausalLM, # the model; it is not changed
     windows:list,           # int64 tensors [time] to score
@@ -272,11 +271,10 @@ def rounding_cost(
     return dict(bits=bits, error=error, lost=lost.mean().item(), lost_se=(lost.std()/len(lost)**.5).item(),
                 nats=nats, ppl=float(np.exp(nats)), seconds=seconds)
 
-# %% ../nbs/64_pretrained.ipynb #c069
 def rounding_grid(
     model:LlamaForCausalLM, # the model; it is not changed
     windows:list,           # int64 tensors [time] to score
-    codes,                  # names for `round_matrix`
+    codes,                  # names for `round_model`
     group:int               # weights that share a scale in the arms called 'group'
 ) -> dict: # the model's size and score, and under 'rows' what `rounding_cost` says of 'code | row or group | blocks or all'
     "Score a model before rounding, and after rounding to every code in four ways"
