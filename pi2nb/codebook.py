@@ -42,6 +42,13 @@ def _check_code(c):
     need(c.rule in ('rms', 'absmean', 'absmax', 'mse') and 0 < c.factor < inf, 'its scale rule is not known, or its factor not positive')
     need(c.group >= -1 and 1 <= c.digits <= 11, 'its group must be -1 or more, and its digits 1 to 11')
     need(c.rotation in ('', 'hadamard', 'pairs') and c.held in ('float32', 'bfloat16'), 'rotation or type is not known')
+    need(all(abs(l-x) >= _moved(c, l) for i,l in enumerate(c.levels) for x in c.cuts[max(0, i-1):i+1]),
+         'a level lies so close to a cut that rounding could carry it over; use fewer digits, or no rotation')
+
+def _moved(c, l): # how far from level l its held number may lie, in units of the scale
+    if c.held == 'float32': return 2**-16*max(map(abs, c.levels)) if c.rotation else 0
+    if c.rotation: return 2**-6*max(map(abs, c.levels))                  # the rounding of many numbers, added up
+    return 0 if c.digits <= 8 and abs(l) in (0, 1) else 2**-8*abs(l)
 
 # %% ../nbs/10_codebook.ipynb #c010
 @patch(as_prop=True)
@@ -61,7 +68,9 @@ def hadamard(
     x:Tensor, # [..., n]
     block:int # a power of two that divides n
 ) -> Tensor:  # [..., n], same length; undoes itself
-    "Orthonormal Hadamard transform of blocks of the last dimension, by additions (Sylvester 1867)"
+    "Orthonormal Hadamard transform of blocks of the last dimension (Sylvester 1867); raises ValueError if they do not fit"
+    if block < 1 or block & block-1 or x.shape[-1] % block:
+        raise ValueError(f'blocks of {block} do not fit {x.shape[-1]} numbers; take a power of two that divides them')
     y, h = x, 1
     while h < block:
         a, b = y.reshape(*x.shape[:-1], x.shape[-1]//(2*h), 2, h).unbind(-2)
@@ -137,7 +146,7 @@ _RULES = dict(rms=lambda x, code: code.factor*x.square().mean(-1).sqrt(), mse=_l
 def _scale(self:Codebook, x, gain=None): # turned weights by scale -> float16 [scale rows, scale columns]
     if not x.numel(): return torch.full(x.shape[:-1], _TINY, dtype=torch.float16, device=x.device)
     m = _RULES[self.rule](x, self)
-    if gain is not None: m = m*gain
+    if gain is not None: m = m*gain.clamp(min=.01)
     return _shorten(m.clamp(min=_TINY), self.digits, self.rule == 'absmax').half()
 
 @patch
@@ -263,15 +272,18 @@ def codebook(
     if (odd := changes.keys() - types.keys()):
         raise ValueError(f'a code has no setting {min(odd)!r}; there are {", ".join(types)}')
     if not changes: return CODES[head]
-    try: changes = {k: types[k](v) for k,v in changes.items()}
-    except ValueError: raise ValueError(f'{name!r} cannot be read; write a code like "q2, group=64"') from None
+    try:
+        if not all(isinstance(v, str) or types[k](v) == v for k,v in changes.items()): raise ValueError
+        changes = {k: types[k](v) for k,v in changes.items()}
+    except (ValueError, TypeError): raise ValueError(f'{name!r} cannot be read; write a code like "q2, group=64"') from None
     return replace(CODES[head], name=', '.join([head, *(f'{k}={v}' for k,v in changes.items())]), **changes)
 
 # %% ../nbs/10_codebook.ipynb #c042
 def matrix_shape(
     shape # of a tensor with at least one dimension
 ) -> tuple: # (rows, cols)
-    "How a tensor is held as a matrix: rows are its first dimension, a vector is one row"
+    "How a tensor is held as a matrix: rows are its first dimension, a vector is one row; raises ValueError without any"
+    if not len(shape): raise ValueError('a code holds vectors and matrices, not a single number; keep it as a float')
     return (1, shape[0]) if len(shape) == 1 else (shape[0], prod(shape[1:]))
 
 @dataclass(frozen=True)
@@ -293,12 +305,13 @@ def hold(
     s:Tensor = None,     # float16 scales if they are known already
     gain:Tensor = None   # learned factor on each scale
 ) -> Coded:
-    "Put `w` in a code; raises ValueError on a single number, NaN, infinity, or a scale beyond float16"
-    if w.ndim < 1: raise ValueError('a code holds vectors and matrices, not a single number; keep it as a float')
+    "Put `w` in a code; raises ValueError on a single number, NaN, infinity, or scales that do not fit or exceed float16"
     m = w.detach().reshape(matrix_shape(w.shape))
     if not m.isfinite().all():
         raise ValueError('the weights hold NaN or infinity; no code can store them, look at the training run')
     s = code.scale(m, gain) if s is None else s
+    if s.dtype != torch.float16 or s.shape != (want := code.scale_shape(*m.shape)):
+        raise ValueError(f'the scales are {s.dtype} {tuple(s.shape)}, but {code.name} needs float16 {want}')
     if not s.isfinite().all():
         raise ValueError('a row of weights is too large for a float16 scale (65504); rescale the layer')
     return Coded(code, code.encode(m, s), s, tuple(w.shape))

@@ -6,11 +6,10 @@
 __all__ = ['gaussian_distortion']
 
 # %% ../nbs/10a_distortion.ipynb #c003
-from dataclasses import replace
 from math import inf, log2, pi
 from statistics import NormalDist
 import torch
-from .codebook import CODES, Codebook, codebook
+from .codebook import Codebook
 
 # %% ../nbs/10a_distortion.ipynb #c007
 _MEAN = dict(rms=1., absmean=(2/pi)**.5) # what a rule measures on a unit normal

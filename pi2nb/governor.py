@@ -17,13 +17,13 @@ from .quantlinear import CodedWeight
 def symbol_sample(
     model:nn.Module, # any model; its `CodedWeight` layers are looked at
     rows:int = 256   # rows taken from each layer, evenly spaced
-) -> dict:           # name -> what the forward pass uses, float32 [rows, cols]
+) -> dict:           # name -> symbols uint8, or floats where no code holds them [rows, cols]
     "A sample of the weights as the network sees them"
     out = {}
     for name, m in model.named_modules():
         if isinstance(m, CodedWeight):
-            w = m.weight[::max(1, m.weight.shape[0]//rows)]
-            out[name] = (w if m.code is None else m.code.encode(w, m.code.scale(w))).cpu().clone()
+            w = m.weight if m.code is None else m.coded().z
+            out[name] = w[::max(1, w.shape[0]//rows)].cpu().clone()
     return out
 
 def changed_fraction(

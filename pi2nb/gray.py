@@ -43,7 +43,7 @@ def pack_symbols(
 ) -> Tensor: # uint8 [..., ceil(n/4)], Gray-coded, first symbol in the top bits, a row's last byte filled with 00
     "Four symbols in a byte; raises ValueError on anything but bytes 0..3"
     if z.dtype != torch.uint8: raise ValueError(f'symbols are uint8, not {z.dtype}; convert them with .to(torch.uint8)')
-    n, lead = z.shape[-1], z.shape[:-1]
+    n, lead, z = z.shape[-1], z.shape[:-1], z.contiguous()
     if n%4 or z.storage_offset()%4: z = F.pad(z, (0, -n%4)) # a copy in which every four symbols are one integer
     q = z.flatten().view(torch.int32)
     p = torch.empty_like(q, dtype=torch.uint8)

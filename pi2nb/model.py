@@ -7,13 +7,14 @@ __all__ = ['MIXERS', 'RECIPES', 'LMConfig', 'register_mixer', 'Block', 'LM', 'Re
 
 # %% ../nbs/41_model.ipynb #c002
 from dataclasses import dataclass, field, fields, asdict
+from math import prod
 from typing import Callable
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
 from .codebook import codebook
-from .quantlinear import QuantLinear, QuantEmbedding, coded_state, holdings
+from .quantlinear import QuantLinear, QuantEmbedding, coded_state, holdings, stored_parameters
 from .attention import GQABlock, MLP
 from .cfc import CfCBlock
 from .geode import parse_layout
@@ -92,7 +93,7 @@ class LM(nn.Module):
         self.head = QuantLinear(c.dim, c.vocab, c.embed_code)
         self.head.is_head = True
         nn.init.normal_(self.head.weight, std=.01)
-        if c.tied: self.embed.weight = self.head.weight
+        if c.tied: self.embed.weight, self.embed.gain = self.head.weight, self.head.gain
 
 # %% ../nbs/41_model.ipynb #c014
 @patch
@@ -124,7 +125,7 @@ def bits_per_weight(self:LM,
 @patch
 def n_params(self:LM) -> int: # shared weights count once
     "Number of parameters"
-    return sum(p.numel() for p in self.parameters())
+    return sum({id(p): prod(p.shape) for _,_,p in stored_parameters(self)}.values())
 
 # %% ../nbs/41_model.ipynb #c023
 @dataclass

@@ -44,11 +44,12 @@ class PackedWeight(nn.Module):
     "A matrix held as packed symbols and float16 scales, the bytes that a file holds"
     def __init__(self,
         c:Coded,                # the matrix
-        magnitudes:bool = False # make the scales a float32 parameter; the symbols stay as they are
+        magnitudes:bool = False, # make the scales a float32 parameter; the symbols stay as they are
+        dtype = torch.float32   # type of the numbers that are asked for
     ):
         super().__init__()
         if len(c.shape) != 2: raise ValueError(f'a layer has a matrix of weights, not a tensor of shape {c.shape}; reshape it first')
-        self.code, self.shape, self.dtype = c.code, c.shape, torch.float32
+        self.code, self.shape, self.dtype = c.code, c.shape, dtype
         self.register_buffer('symbols', c.code.pack(c.z))
         if magnitudes: self.scales = nn.Parameter(c.s.float())
         else: self.register_buffer('scales', c.s.clone())
@@ -114,7 +115,7 @@ KERNELS = dict(whole=whole_product, blocks=block_product)
 def _weight_of(m, kind, magnitudes): # a layer -> its packed weight
     if not isinstance(m, kind) or m.code is None:
         raise ValueError(f'{type(m).__name__} is no {kind.__name__} with a code; make it one with `{kind.__name__}.from_float`')
-    return PackedWeight(m.coded(), magnitudes)
+    return PackedWeight(m.coded(), magnitudes, m.weight.dtype)
 
 def _as_weight(w):
     if not isinstance(w, (Coded, PackedWeight)): raise ValueError(f'packed layers are built from a Coded matrix, not {type(w).__name__}; see `hold`')
@@ -200,7 +201,7 @@ def pack_model(
     weights, packed = {}, {}
     for m in layers:
         key = id(m.weight), m.code, id(m.gain)
-        w = weights[key] = weights.get(key) or PackedWeight(m.coded(), magnitudes)
+        w = weights[key] = weights.get(key) or PackedWeight(m.coded(), magnitudes, m.weight.dtype)
         new = PackedLinear(w, m.bias, kernel) if isinstance(m, QuantLinear) else PackedEmbedding(w)
         packed[m] = new.train(m.training)
     for parent in list(model.modules()):

@@ -7,14 +7,12 @@ __all__ = ['coded_phases', 'Pi2QuantizedWeight', 'Pi2QuantizedLinear', 'Pi2Quant
            'quantize_model']
 
 # %% ../nbs/12_phase.ipynb #c003
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .rotation import quarter_turn
-from .codebook import Coded, codebook, hold
+from .codebook import Codebook, Coded, codebook, hold
 from .quantlinear import QuantEmbedding, QuantLinear, coded_state, holdings, load_coded_state
 
 # %% ../nbs/12_phase.ipynb #c018
@@ -22,9 +20,10 @@ def coded_phases(
     c:Coded # a matrix with an even number of rows and columns, held in a phase code
 ) -> tuple: # phases uint8 [stages, rows, cols/2], values 0..3; magnitudes float32 [stages, rows, groups or 1]
     "Read symbols as quarter turns: rows of U and of W in turn, see `Pi2QuantizedWeight`; raises ValueError on other codes"
-    if c.code.rotation != 'pairs' or c.z.shape[0] % 2 or c.z.shape[1] % 2:
-        raise ValueError(f'{c.code.name} on {tuple(c.z.shape)} has no phases; use phase-1 or phase-2 on even sizes')
     stages, lv = c.code.bits, c.code.levels
+    two_ways = stages < 3 and len(lv) == 2**stages and all(a == -b for a,b in zip(lv, reversed(lv)))
+    if c.code.rotation != 'pairs' or not two_ways or any(n % 2 for n in (*c.z.shape, max(c.code.group, 0))):
+        raise ValueError(f'{c.code.name} on {tuple(c.z.shape)} has no phases; use phase-1 or phase-2 on even sizes')
     size = (lv[1],) if stages == 1 else ((lv[3]+lv[2])/2, (lv[3]-lv[2])/2)
     plus = torch.stack([c.z >> stages-1-t & 1 for t in range(stages)])   # the sign that each stage adds
     p, q = plus[..., 0::2], plus[..., 1::2]
@@ -36,13 +35,14 @@ def coded_phases(
 _UNIT = torch.tensor([[1., 0.], [0., 1.], [-1., 0.], [0., -1.]]) # 1, i, -1, -i
 
 class Pi2QuantizedWeight(nn.Module):
-    "A real matrix as magnitude times quarter turn; calling it gives the matrix. Only magnitudes are parameters."
+    "A real matrix as magnitude times quarter turn; calling it gives the matrix. Only magnitudes are parameters; raises ValueError"
     def __init__(self,
         w:Tensor,           # matrix [rows, cols] to start from; both even for the complex reading
         reading='complex',  # 'complex': scale times ±1, ±i on pairs of features; 'real': sign(phase) times magnitude
         stages:int = 2      # of the complex reading
     ):
         super().__init__()
+        if w.ndim != 2 or not w.isfinite().all(): raise ValueError('phases are read from a matrix of finite numbers; look at the weights')
         if reading == 'complex': k, m = coded_phases(hold(w, codebook(f'phase-{stages}')))
         elif reading == 'real': k, m = _real_phases(w.detach()), w.detach().abs().clone()
         else: raise ValueError(f"reading is {reading!r}; choose 'complex' or 'real'")
@@ -56,7 +56,7 @@ def _real_phases(w): # the smaller half of every row turns to i or -i, the other
 @patch
 def forward(self:Pi2QuantizedWeight) -> Tensor: # [rows, cols], differentiable in the magnitudes
     "The matrix that magnitudes and phases stand for"
-    unit = _UNIT.to(self.magnitude.device)[self.phase.long()]
+    unit = _UNIT.to(self.magnitude)[self.phase.long()]
     if self.reading == 'real': return self.magnitude*unit[..., 0]
     re, im = (unit.unflatten(2, (self.magnitude.shape[2], -1))*self.magnitude[..., None, None]).sum(0).flatten(1, 2).unbind(-1)
     u_re, u_im, w_re, w_im = re[0::2], im[0::2], re[1::2], im[1::2]
@@ -101,26 +101,40 @@ def _choose(name, m, code, embed_code, rules): # a layer -> (its `Codebook` or N
     c = embed_code if isinstance(m, nn.Embedding) else code
     c = next((v for pattern, v in rules.items() if fnmatch(name, pattern)), c)
     if c is None: return None, 'left alone, as asked'
-    c = codebook(c) if isinstance(c, str) else c
+    if isinstance(c, str): c = codebook(c)
+    if not isinstance(c, Codebook): raise ValueError(f'{c!r} is no code; give a Codebook, its name, or None')
     if type(m) not in _FROM: return None, f'left alone, {type(m).__name__} may use its weight in ways of its own'
-    if getattr(m, 'max_norm', None): return None, 'left alone, max_norm changes the table while it is read'
+    if 'weight' not in m._parameters or m._forward_hooks or m._forward_pre_hooks or m._backward_hooks:
+        return None, 'left alone, it has hooks'
+    if any(getattr(m, k, None) for k in ('max_norm', 'sparse', 'scale_grad_by_freq')): return None, 'left alone, its options have no coded form'
     if c.group < 1 or m.weight.shape[1] % c.group == 0: return c, ''
     return replace(c, name=f'{c.name}, group=0', group=0), f'one scale a row, groups of {c.group} do not fit'
 
+# %% ../nbs/12_phase.ipynb #new1
+_READERS = nn.TransformerEncoderLayer, nn.MultiheadAttention # they read the weights of layers inside them directly
+
 def _plan(model, code, embed_code, rules): # -> module name: (module, code or None, remark), one code for what is shared
-    layers = [(n, m) for n,m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))]
+    inside = {id(k) for m in model.modules() if isinstance(m, _READERS) for k in m.modules()}
+    layers = [(n, m) for n,m in model.named_modules(remove_duplicate=False) if isinstance(m, (nn.Linear, nn.Embedding))]
     layers.sort(key=lambda x: isinstance(x[1], nn.Linear))               # a head follows the table it is tied to
-    choice = {n: _choose(n, m, code, embed_code, rules) for n,m in layers}
-    def agreed(w): return min((choice[n] for n,m in layers if m.weight is w), key=lambda c: c[0] is not None)
-    return {n: (m, *agreed(m.weight)) for n,m in layers}
+    choice = {n: (None, 'left alone, a layer of torch around it reads it directly') if id(m) in inside else
+                 _choose(n, m, code, embed_code, rules) for n,m in layers}
+    def agreed(n, w):
+        c, why = min((choice[k] for k,m in layers if m._parameters.get('weight') is w), key=lambda c: c[0] is not None, default=choice[n])
+        return c, why or ('' if c == choice[n][0] else 'held like the table it is tied to')
+    return {n: (m, *agreed(n, m._parameters.get('weight'))) for n,m in layers}
 
 # %% ../nbs/12_phase.ipynb #c049
 def _replace(model, plan): # swap the layers, or put all of them back; -> the coded state
+    new, gains = {}, {}
     try:
         for n,(m,c,_) in plan.items():
-            if c: model.set_submodule(n, _FROM[type(m)].from_float(m, c))
+            if c and m not in new:
+                new[m] = _FROM[type(m)].from_float(m, c)
+                new[m].gain = gains.setdefault(id(m.weight), new[m].gain)
+            if c: model.set_submodule(n, new[m])
         return coded_state(model)
-    except ValueError:
+    except Exception:
         for n,(m,c,_) in plan.items(): model.set_submodule(n, m)
         raise
 
@@ -138,7 +152,7 @@ def quantize_model(
     code = 'phase-2',    # of linear layers: a `Codebook` or its name
     embed_code = 'int8', # of embeddings and of what is tied to them; None leaves them alone
     rules:dict = None,   # module name or pattern -> code or None, before anything else; the first that fits counts
-    train:bool = False   # True keeps float shadows and learns through the code; False puts the held numbers in
+    train:bool = False   # True keeps float shadows and learns through the code; False puts the held numbers in, fixed
 ) -> tuple:              # (the model, `QuantizationReport`)
     "Hold the weights of a model in a code; raises ValueError, with the model as it was, on what cannot be held"
     plan = _plan(model, code, embed_code, rules or {})

@@ -69,7 +69,8 @@ def _v2_quantise(w): # float32 [rows, cols] -> tau float16 [rows], symbols [rows
 # %% ../nbs/50_q2bn.ipynb #c013
 def _v2_rescale(name, c, lv): # Coded -> tau float16 [rows] so that lv*tau are its numbers, symbols [rows, cols]
     same = len(c.code.levels) == 4 and np.allclose(np.array(c.code.levels)/c.code.levels[-1], np.array(lv)/lv[-1])
-    _need(same and c.s.shape == (c.shape[0], 1) and len(c.shape) > 1 and not c.code.rotation,
+    _need(same and c.s.shape == (c.shape[0], 1) and len(c.shape) > 1 and not c.code.rotation
+          and c.code.held == 'float32',
           f'{name} is held in {c.code.name}, which version 2 cannot say with these levels', 'write version 3')
     return (c.s[:, 0].float()*(c.code.levels[-1]/lv[-1])).half(), c.z
 

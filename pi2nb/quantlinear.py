@@ -9,7 +9,7 @@ __all__ = ['StraightThrough', 'fake_quantize', 'CodedWeight', 'QuantLinear', 'Q2
 
 # %% ../nbs/11_quantlinear.ipynb #c002
 from copy import deepcopy
-from math import ceil, prod
+from math import ceil
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ class StraightThrough(torch.autograd.Function):
         inside = u.abs() <= trust*max(map(abs, code.levels))
         ctx.code, ctx.shape = code, m.shape
         if gain is None: ctx.save_for_backward(inside)
-        else: ctx.save_for_backward(inside, v - u*((u >= code.levels[0]) & (u <= code.levels[-1])), s.float()/gain)
+        else: ctx.save_for_backward(inside, v - u*((u >= code.levels[0]) & (u <= code.levels[-1])), s.float()/gain.clamp(min=.01))
         return q.view(w.shape).to(w.dtype)
 
     @staticmethod
@@ -37,9 +37,9 @@ class StraightThrough(torch.autograd.Function):
 
 # %% ../nbs/11_quantlinear.ipynb #new1
 @patch
-def _gain_gradient(self:Codebook, x, slope=None, s=None): # LSQ: how the output follows the scale, times 1/sqrt(n levels)
+def _gain_gradient(self:Codebook, x, slope=None, s=None): # LSQ: how the output follows the scale, times 1/sqrt(n Q_P)
     if slope is None: return None
-    return (x*slope).sum(-1)*s/(x.shape[-1]*max(map(abs, self.levels)))**.5
+    return (x*slope).sum(-1)*s/(x.shape[-1]*self.levels[-1])**.5
 
 def fake_quantize(
     w:Tensor,          # shadow weights, at least 1-D, any float type
@@ -62,20 +62,32 @@ class CodedWeight:
         self.gain = nn.Parameter(torch.ones(shape, device=self.weight.device)) if shape else None
         self.register_buffer('scale', None)
 
+    def shadow(self): return self.weight
+
     def held_weight(self) -> Tensor: # shape and type of `weight`
         "The weights that the forward pass uses"
         if self.code is None or self.scale is not None: return self.weight
-        return fake_quantize(self.weight, self.code, gain=self.gain)
+        return fake_quantize(self.shadow(), self.code, gain=self.gain)
 
     def coded(self) -> Coded:
         "The weights as they are stored; raises ValueError on what no code can hold"
         return hold(self.weight, self.code, self.scale, self.gain)
 
-    def _load_from_state_dict(self, state, prefix, *args): # a saved scale means frozen, none means learning
-        s, gain = state.get(prefix+'scale'), state.get(prefix+'gain')
-        self.scale = None if s is None else s.to(self.weight.device, copy=True)
-        if (gain is None) != (self.gain is None): self.gain = None if gain is None else nn.Parameter(gain.clone())
-        super()._load_from_state_dict(state, prefix, *args)
+# %% ../nbs/11_quantlinear.ipynb #new1
+@patch
+def _load_from_state_dict(self:CodedWeight, state, prefix, *args): # a saved scale means frozen, none means learning
+    s, w = state.get(prefix+'scale'), state.get(prefix+'weight')
+    if self.code is not None and w is not None and w.shape == self.weight.shape:
+        if s is None: self.scale = None
+        elif s.shape == self.code.scale_shape(*matrix_shape(w.shape)): self.scale = s.to(self.weight.device, torch.float16, copy=True)
+    super(CodedWeight, self)._load_from_state_dict(state, prefix, *args)
+
+@patch
+def _apply(self:CodedWeight, fn, recurse=True): # a model may change its type; scales only change their place
+    s, self.scale = self.scale, None
+    super(CodedWeight, self)._apply(fn, recurse)
+    if s is not None: self.scale = s.to(fn(torch.empty(0, device=s.device)).device)
+    return self
 
 # %% ../nbs/11_quantlinear.ipynb #c014
 class QuantLinear(CodedWeight, nn.Linear):
@@ -109,6 +121,7 @@ def from_float(cls:QuantLinear,
     code = 'q2'  # a `Codebook`, its name, or None for float32
 ) -> QuantLinear:
     "The same layer with its weight held in a code; weight and bias are shared, not copied"
+    if cls is not QuantLinear: raise ValueError(f'{cls.__name__} has a code of its own; use QuantLinear.from_float and name it')
     with torch.device('meta'): new = QuantLinear(m.in_features, m.out_features, None, m.bias is not None)
     return _like(new, m, code)
 
@@ -129,6 +142,11 @@ class QuantEmbedding(CodedWeight, nn.Embedding):
         super().__init__(num_embeddings, embedding_dim, padding_idx)
         self.hold_in(code)
 
+    def shadow(self): # without a gradient for the padding, which a rotation would spread to it
+        if self.padding_idx is None: return self.weight
+        pad = torch.arange(self.num_embeddings, device=self.weight.device) == self.padding_idx
+        return torch.where(pad[:, None], self.weight.detach(), self.weight)
+
     def forward(self, x): return F.embedding(x, self.held_weight(), self.padding_idx)
     def extra_repr(self): return f'{super().extra_repr()}, code={self.code.name if self.code else None}'
 
@@ -137,7 +155,10 @@ def from_float(cls:QuantEmbedding,
     m:nn.Embedding, # the table to take over
     code = 'int8'   # a `Codebook`, its name, or None for float32
 ) -> QuantEmbedding:
-    "The same table held in a code; the weight is shared, not copied"
+    "The same table held in a code; the weight is shared, not copied; raises ValueError on options it does not have"
+    if cls is not QuantEmbedding: raise ValueError(f'{cls.__name__} has a code of its own; use QuantEmbedding.from_float')
+    if m.max_norm or m.sparse or m.scale_grad_by_freq:
+        raise ValueError('max_norm, sparse and scale_grad_by_freq are not supported; keep this table as it is')
     with torch.device('meta'): new = QuantEmbedding(m.num_embeddings, m.embedding_dim, None, m.padding_idx)
     return _like(new, m, code)
 
@@ -164,10 +185,10 @@ class Pi2RMSNorm(CodedWeight, nn.RMSNorm):
 def stored_parameters(
     model:nn.Module # any module
 ):
-    "Every (name, layer or None where no code holds it, parameter) that is stored; a packed weight is layer and parameter"
+    "Triples (name, layer, parameter) of all that is stored; the layer is None where no code holds the parameter"
     for owner, m in model.named_modules(remove_duplicate=False):
-        coded = getattr(m, 'code', None) is not None
-        if coded and not isinstance(m, CodedWeight): yield owner, m, m   # see chapter 14
+        coded = isinstance(getattr(m, 'code', None), Codebook) and hasattr(m, 'coded')
+        if coded and not isinstance(m, CodedWeight): yield owner, m, m   # a packed weight (chapter 14) is layer and parameter in one
         else: yield from ((f'{owner}.{leaf}'.lstrip('.'), m if coded and leaf == 'weight' else None, p)
                           for leaf,p in m._parameters.items() if p is not None and not (coded and leaf == 'gain'))
 
@@ -175,15 +196,23 @@ def stored_parameters(
 def coded_state(
     model:nn.Module # any module; its layers say how they are held
 ) -> dict:          # name -> `Coded`, a float32 tensor, or the name (str) of the earlier tensor it shares
-    "Every parameter as the file holds it; raises ValueError (naming the parameter) on NaN or infinity"
+    "Every parameter as the file holds it; raises ValueError on NaN, infinity, or a tensor shared in two codes, naming it"
     state, seen = {}, {}
     for name, layer, p in stored_parameters(model):
-        if id(p) in seen: state[name] = seen[id(p)]; continue
-        seen[id(p)] = name
+        first, owner = seen.setdefault(id(p), (name, layer))
+        if first != name:
+            if not _alike(owner, layer): raise ValueError(f'{name} shares its weight with {first}, in another code or scale')
+            state[name] = first
+            continue
         if isinstance(p, Tensor) and not p.isfinite().all():
             raise ValueError(f'{name} holds NaN or infinity; go back to the last good checkpoint')
         state[name] = layer.coded() if layer else p.detach().float().cpu().clone()
     return state
+
+def _alike(a, b): # do two layers, or None, hold one tensor in the same way?
+    if a is b or a is None or b is None: return a is b
+    def same(x, y): return x is y or None not in (x, y) and torch.equal(x, y)
+    return a.code == b.code and same(a.scale, b.scale) and same(a.gain, b.gain)
 
 # %% ../nbs/11_quantlinear.ipynb #c029
 @torch.no_grad()
@@ -201,7 +230,9 @@ def load_coded_state(
         if v.shape != p.shape:
             raise ValueError(f'{name} has shape {tuple(v.shape)} in the file and {tuple(p.shape)} in the model')
         p.copy_(v.decode() if isinstance(v, Coded) else v)
-        if isinstance(v, Coded) and layer: layer.scale, layer.gain = v.s.to(p.device), None
+        if isinstance(v, Coded) and layer:
+            layer.scale = v.s.to(p.device)
+            for q in (p, layer.gain): q is None or q.requires_grad_(False)
     return model
 
 # %% ../nbs/11_quantlinear.ipynb #c035

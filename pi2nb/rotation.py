@@ -49,7 +49,7 @@ def turns_to_radians(
     dtype:torch.dtype=torch.float32  # of the result
 ) -> Tensor:                         # radians from -pi to pi, same shape
     "The angle of every turn; raises ValueError if `t` is not made of integers"
-    return _int32(t).to(dtype)*(2*pi/2**32)
+    return (_int32(t).to(torch.promote_types(dtype, torch.float32))*(2*pi/2**32)).to(dtype)
 
 # %% ../nbs/01_rotation.ipynb #f393ba8a
 def cos_sin(
