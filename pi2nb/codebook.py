@@ -309,8 +309,8 @@ def hold(
     m = w.detach().reshape(matrix_shape(w.shape))
     if not m.isfinite().all():
         raise ValueError('the weights hold NaN or infinity; no code can store them, look at the training run')
-    s = code.scale(m, gain) if s is None else s
-    if s.dtype != torch.float16 or s.shape != (want := code.scale_shape(*m.shape)):
+    s, want = code.scale(m, gain) if s is None else s, code.scale_shape(*m.shape)
+    if s.dtype != torch.float16 or s.shape != want:
         raise ValueError(f'the scales are {s.dtype} {tuple(s.shape)}, but {code.name} needs float16 {want}')
     if not s.isfinite().all():
         raise ValueError('a row of weights is too large for a float16 scale (65504); rescale the layer')

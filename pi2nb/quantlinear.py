@@ -56,8 +56,10 @@ class CodedWeight:
     def hold_in(self,
         code # a `Codebook`, its name, or None for plain float32
     ):
-        "Choose the code; the layer starts in learning mode"
+        "Choose the code; the layer starts in learning mode; raises ValueError on what is no code"
         self.code = codebook(code) if isinstance(code, str) else code
+        if not isinstance(self.code, Codebook|None):
+            raise ValueError(f'{code!r} is no code; give a Codebook, its name, or None')
         shape = self.code and self.code.learned and self.code.scale_shape(*matrix_shape(self.weight.shape))
         self.gain = nn.Parameter(torch.ones(shape, device=self.weight.device)) if shape else None
         self.register_buffer('scale', None)

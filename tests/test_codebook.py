@@ -28,6 +28,17 @@ def test_decode_encode_is_idempotent_and_exact(code, shape, seed, spread):
 
 
 @codes
+@pytest.mark.parametrize('change', [dict(rotation='hadamard'), dict(rotation='pairs'), dict(rotation=''), dict(held='bfloat16'),
+                                    dict(held='float32'), dict(digits=11), dict(digits=4), dict(group=-1), dict(rule='mse')], ids=str)
+def test_a_variant_is_idempotent_or_refused(code, change):
+    try: c = codebook(code.name, **change)
+    except ValueError as e: assert 'close to a cut' in str(e); return
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(3))
+    h = hold(w, c)
+    assert torch.equal(hold(h.decode(), c, h.s).z, h.z)
+
+
+@codes
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16])
 def test_any_float_type(code, dtype):
     w = torch.randn(5, 12).to(dtype)
@@ -46,6 +57,13 @@ def test_not_a_number_is_refused(code, bad):
 def test_other_refusals():
     with pytest.raises(ValueError, match='65504'): hold(torch.full((1, 4), 1e30), codebook('q2'))
     with pytest.raises(ValueError, match='single number'): hold(torch.tensor(1.), codebook('q2'))
+    with pytest.raises(ValueError, match='needs float16'): hold(torch.ones(2, 4), codebook('q2'), torch.ones(1, 1).half())
+    with pytest.raises(ValueError, match='needs float16'): hold(torch.ones(2, 4), codebook('q2'), torch.ones(2, 1))
+    for block in (0, 3, 8):
+        with pytest.raises(ValueError, match='power of two'): hadamard(torch.ones(2, 12), block)
+    for group in (2.5, None):
+        with pytest.raises(ValueError, match='cannot be read'): codebook('q2', group=group)
+    with pytest.raises(ValueError, match='close to a cut'): codebook('q2-unpack, rotation=hadamard')
     with pytest.raises(ValueError, match='do not divide'): hold(torch.ones(2, 10), codebook('q2', group=4))
     for kw in (dict(levels=(1., 0.)), dict(cuts=(5.,)), dict(rule='best'), dict(factor=0.), dict(group=-2), dict(digits=12), dict(rotation='spin'), dict(held='int8')):
         with pytest.raises(ValueError, match='damaged'): Codebook(**dict(name='x', levels=(0., 1.), cuts=(.5,), rule='rms') | kw)

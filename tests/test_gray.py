@@ -82,3 +82,8 @@ def test_odd_layouts():
 def test_bad_input_is_one_sentence(call):
     with pytest.raises(ValueError) as e: call()
     assert '\n' not in str(e.value)
+
+
+def test_strided_symbols():
+    z = torch.arange(24, dtype=torch.uint8).view(2, 12) % 4
+    for v in (z[:, ::2], z[:, 1:9], z.T, z[:1, :1].expand(3, 8), z[0, ::3]): assert torch.equal(pack_symbols(v), pack_symbols(v.clone(memory_format=torch.contiguous_format)))

@@ -28,6 +28,11 @@ def test_phases_are_the_symbols_in_another_spelling(stages, shape, group):
 def test_no_phases_in_other_codes_or_odd_sizes():
     with pytest.raises(ValueError, match='no phases'): coded_phases(hold(torch.randn(4, 4), codebook('q2')))
     with pytest.raises(ValueError, match='no phases'): coded_phases(hold(torch.randn(3, 4), codebook('phase-2')))
+    for n in ('ternary, rotation=pairs', 'lsq, rotation=pairs', 'int5, rotation=pairs', 'phase-2, group=1'):
+        with pytest.raises(ValueError, match='no phases'): coded_phases(hold(torch.randn(4, 4), codebook(n)))
+    for w in (torch.randn(3), torch.randn(2, 2, 2), torch.full((2, 2), float('nan'))):
+        with pytest.raises(ValueError, match='finite'): Pi2QuantizedWeight(w, 'real')
+    assert Pi2QuantizedWeight(torch.randn(2, 2)).half()().dtype == torch.float16
     with pytest.raises(ValueError, match="'complex' or 'real'"): Pi2QuantizedWeight(torch.randn(2, 2), 'imaginary')
 
 
@@ -105,4 +110,36 @@ def test_nothing_to_replace(model):
 
 def test_a_table_with_a_maximal_norm_is_left_alone():
     m = nn.Sequential(nn.Embedding(5, 4, max_norm=1.), nn.Linear(4, 4))
-    assert 'max_norm' in str(quantize_model(m)[1]) and type(m[0]) is nn.Embedding
+    assert 'no coded form' in str(quantize_model(m)[1]) and type(m[0]) is nn.Embedding
+
+
+def test_one_layer_under_two_names_is_replaced_under_both():
+    m = nn.Module()
+    m.a = m.b = nn.Linear(8, 8)
+    quantize_model(m, 'lsq', train=True)
+    assert m.a is m.b and type(m.a) is QuantLinear
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_layers_that_others_reach_into_are_left_alone():
+    m = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.nn.utils.weight_norm(nn.Linear(8, 8)))
+    m[0].register_forward_hook(lambda *a: None)
+    m.append(nn.Linear(8, 3))
+    x = torch.randn(2, 4, 8)
+    _, rep = quantize_model(m.eval(), 'binary', train=True)
+    assert [n for n, q in m.named_modules() if isinstance(q, QuantLinear)] == ['3'] and 'hooks' in str(rep) and 'reads it directly' in str(rep)
+    with torch.no_grad(): fast = m(x)
+    assert torch.allclose(fast, m(x), atol=1e-5)
+    with pytest.raises(ValueError, match='is no code'): quantize_model(nn.Sequential(nn.Linear(2, 2)), 3)
+
+
+def test_held_weights_are_fixed_and_learning_ones_are_not():
+    m, _ = quantize_model(nn.Sequential(nn.Linear(4, 4)), 'q2')
+    assert not m[0].weight.requires_grad and m[0].bias.requires_grad
+    assert quantize_model(nn.Sequential(nn.Linear(4, 4)), 'q2', train=True)[0][0].weight.requires_grad
+
+
+def test_a_rule_that_a_tie_overrules_is_said():
+    m = nn.ModuleDict(dict(emb=nn.Embedding(5, 4), head=nn.Linear(4, 5, bias=False)))
+    m['head'].weight = m['emb'].weight
+    assert 'tied to' in str(quantize_model(m, rules={'head': 'int6'})[1])

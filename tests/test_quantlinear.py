@@ -22,13 +22,78 @@ makers = [lambda c: QuantLinear(10, 7, c, bias=True), lambda c: QuantEmbedding(9
 @pytest.mark.parametrize('make', makers, ids=['linear', 'embedding'])
 def test_state_dict_and_copies(code, make):
     a, b = make(code), make(code)
+    if a.gain is not None: torch.nn.init.uniform_(a.gain, .5, 2.)
     x = torch.randn(3, 10) if isinstance(a, nn.Linear) else torch.tensor([[0, 2, 8]])
     b.load_state_dict(a.state_dict())
     ice, c = frozen_copy(a), make(code)
     c.load_state_dict(ice.state_dict())
     for m in (b, deepcopy(a), ice, c, deepcopy(ice)): assert torch.equal(m(x), a(x))
     c.load_state_dict(a.state_dict())                                    # and back to learning
-    assert c.scale is None and (c.gain is None) == (a.gain is None) and torch.equal(c(x), a(x))
+    assert c.scale is None and torch.equal(c(x), a(x))
+
+
+def test_a_partial_or_foreign_state_changes_no_mode():
+    ice, scale = frozen_copy(QuantLinear(16, 8, 'q2')), QuantLinear(16, 8, 'q2, group=4')
+    y = ice(torch.eye(16))
+    ice.load_state_dict({}, strict=False)
+    with pytest.raises(RuntimeError): ice.load_state_dict(frozen_copy(QuantLinear(16, 7, 'q2')).state_dict())
+    assert torch.equal(ice(torch.eye(16)), y)
+    with pytest.raises(RuntimeError, match='scale'): ice.load_state_dict(frozen_copy(scale).state_dict())
+    assert ice.scale.shape == (8, 1)
+    with pytest.raises(RuntimeError, match='gain'): QuantLinear(16, 8, 'lsq').load_state_dict(QuantLinear(16, 8, 'q2').state_dict())
+    with pytest.raises(RuntimeError, match='gain'): QuantLinear(16, 8, 'q2').load_state_dict(QuantLinear(16, 8, 'lsq').state_dict())
+
+
+def test_an_optimizer_keeps_its_gain_through_frozen_times():
+    m = QuantLinear(16, 8, 'lsq')
+    gain, learning = m.gain, {k: v.clone() for k,v in m.state_dict().items()}
+    m.load_state_dict(frozen_copy(m).state_dict())
+    m.load_state_dict(learning)
+    assert m.gain is gain and m.scale is None
+
+
+@codes
+def test_a_frozen_layer_keeps_its_scales_in_other_types(code):
+    ice = frozen_copy(QuantLinear(16, 8, code))
+    want = ice.coded()
+    for m in (deepcopy(ice).float(), deepcopy(ice).bfloat16(), deepcopy(ice).double(), deepcopy(ice).bfloat16().float()):
+        assert m.scale.dtype == torch.float16 and torch.equal(m.coded().z, want.z) and torch.equal(m.coded().decode(), want.decode())
+    assert frozen_copy(QuantLinear(16, 8, code)).to('meta').scale.device.type == 'meta'
+
+
+@codes
+def test_a_packed_layer_has_the_type_of_its_layer(code):
+    m = nn.Sequential(QuantEmbedding(9, 16, code), QuantLinear(16, 8, code, bias=True)).bfloat16()
+    assert torch.equal(pack_model(frozen_copy(m))(torch.tensor([1, 8])), m(torch.tensor([1, 8])))
+
+
+def test_shared_weights_share_their_code_and_gain():
+    lm = LM(LMConfig(layout='GQA', dim=16, heads=2, kv_heads=1, tied=True, embed_code='lsq'))
+    torch.nn.init.uniform_(lm.head.gain, .5, 2.)
+    assert lm.embed.gain is lm.head.gain
+    ids = torch.randint(0, 256, (1, 5))
+    assert torch.equal(frozen_copy(lm)(ids)[0], lm(ids)[0])
+    m = nn.Sequential(QuantEmbedding(5, 4, 'int8'), QuantLinear(4, 5, 'q2'))
+    m[1].weight = m[0].weight
+    with pytest.raises(ValueError, match='in another code'): coded_state(m)
+
+
+def test_padding_stays_where_it_is():
+    e = QuantEmbedding(6, 8, 'phase-2', padding_idx=2)
+    before, opt = e.weight[2].detach().clone(), torch.optim.Adam(e.parameters(), lr=.01)
+    for _ in range(5):
+        opt.zero_grad()
+        e(torch.arange(6)).square().sum().backward()
+        opt.step()
+    assert torch.equal(e.weight[2], before)
+
+
+def test_modules_that_only_look_coded():
+    m = nn.Module()
+    m.code, m.lin = 'abc', nn.Linear(2, 2)
+    assert set(coded_state(m)) == {'lin.weight', 'lin.bias'}
+    with pytest.raises(ValueError, match='not supported'): QuantEmbedding.from_float(nn.Embedding(5, 4, max_norm=1.))
+    with pytest.raises(ValueError, match='a code of its own'): Pi2Embedding.from_float(nn.Embedding(5, 4))
 
 
 @codes
