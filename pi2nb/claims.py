@@ -186,7 +186,7 @@ claim('π/2 training', 'no Adam, no momentum is needed', 'open: 60')
 claim('π/2 training', 'no random rounding is needed', 'open: 60')
 claim('π/2 training', 'two models at different phases interleave', 'open: 63', '01_rotation')
 
-# %% ../nbs/73_claims.ipynb #new1
+# %% ../nbs/73_claims.ipynb #c100
 @claim('π/2 training', 'a pretrained model rounded to π/2 loses nothing', 'holds if 8 bits a weight are kept', '64_pretrained')
 def _():
     d = _runs('64_rounding.json', 'models')
@@ -491,7 +491,7 @@ def _():
         part.save()
         return sha(whole) == sha(resume(part.out, text)), '6 steps, and 3 and 3: one SHA-256 on this machine'
 
-# %% ../nbs/73_claims.ipynb #new2
+# %% ../nbs/73_claims.ipynb #c101
 def _matched(code, text): # recorded: bits per byte of the test text, each seed, at the rate that validation chose
     runs = [v for k,v in _runs(f'72_bits_{text}.json').items() if k.startswith(f'{code}, muon ')]
     rate = min((v for v in runs if v['asked']['seed'] == 0), key=lambda v: v['valid'][-1][1])['asked']['muon_lr']

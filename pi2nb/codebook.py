@@ -31,7 +31,7 @@ class Codebook:
 
     def __post_init__(self): _check_code(self)
 
-# %% ../nbs/10_codebook.ipynb #new1
+# %% ../nbs/10_codebook.ipynb #c100
 def _check_code(c):
     def need(ok, what):
         if not ok: raise ValueError(f'code book {c.name!r} is damaged: {what}')
@@ -63,7 +63,7 @@ def step(self:Codebook):
     d = sum(gaps)/len(gaps)
     return d if all(isclose(g, d) for g in gaps) else None
 
-# %% ../nbs/10_codebook.ipynb #new8
+# %% ../nbs/10_codebook.ipynb #c104
 def hadamard(
     x:Tensor, # [..., n]
     block:int # a power of two that divides n
@@ -87,7 +87,7 @@ def mix_pairs(
     for k,v in enumerate((t-c, t-b, t-a, t-d)): y[k//2:rows:2, k%2:cols:2] = v
     return y
 
-# %% ../nbs/10_codebook.ipynb #new10
+# %% ../nbs/10_codebook.ipynb #c106
 @patch
 def _turn(self:Codebook, w): # [rows, cols] into the frame where the code works, and back
     if self.rotation == 'hadamard': return hadamard(w, min(64, w.shape[1] & -w.shape[1]) or 1)
@@ -120,7 +120,7 @@ def _by_scale(self:Codebook, x): # matrix -> [scale rows, scale columns, weights
     shape = self.scale_shape(*x.shape)
     return x.reshape(*shape, x.numel()//max(1, prod(shape)))
 
-# %% ../nbs/10_codebook.ipynb #new3
+# %% ../nbs/10_codebook.ipynb #c109
 def _least_squares(x, code): # in pieces that stay in the cache
     n, g = x.shape[0]*x.shape[1], x.shape[2]
     return torch.cat([_search(p, code) for p in x.reshape(n, g).split(max(1, 2**16//g))]).view(x.shape[:2])
@@ -141,7 +141,7 @@ def _search(x, code): # [n, g] -> [n]: scales between one that clips nothing and
 _RULES = dict(rms=lambda x, code: code.factor*x.square().mean(-1).sqrt(), mse=_least_squares,
               absmean=lambda x, code: code.factor*x.abs().mean(-1), absmax=lambda x, code: code.factor*x.abs().amax(-1))
 
-# %% ../nbs/10_codebook.ipynb #new4
+# %% ../nbs/10_codebook.ipynb #c110
 @patch
 def _scale(self:Codebook, x, gain=None): # turned weights by scale -> float16 [scale rows, scale columns]
     if not x.numel(): return torch.full(x.shape[:-1], _TINY, dtype=torch.float16, device=x.device)
@@ -196,7 +196,7 @@ def decode(self:Codebook,
     v = self._values(self._by_scale(z.float()))
     return self._held((v*s.float().unsqueeze(-1)).view(z.shape))
 
-# %% ../nbs/10_codebook.ipynb #new12
+# %% ../nbs/10_codebook.ipynb #c111
 @patch
 def _code(self:Codebook, w, gain=None): # -> held weights, scales; weights and levels in units of the scale, turned
     x = self._by_scale(self._turn(w.float()))
@@ -230,7 +230,7 @@ CODES = {c.name: c for c in (
           doc='255 integers times a power of two, no weight of the row beyond the last'),
 )}
 
-# %% ../nbs/10_codebook.ipynb #new15
+# %% ../nbs/10_codebook.ipynb #c114
 def _add(*codes): CODES.update({c.name: c for c in codes})
 
 _add(Codebook('binary', (-1., 1.), (0.,), 'absmean', **_BF, doc='sign times mean magnitude'),
@@ -246,7 +246,7 @@ _add(Codebook('binary', (-1., 1.), (0.,), 'absmean', **_BF, doc='sign times mean
 _add(*(_grid(f'int{b}', 2**(b-1)-1, 'rms', f, **_BF, doc=f'{2**b-1} integers with the least error on a bell curve')
        for b,f in ((3, .6508), (4, .3534), (5, .19325))))
 
-# %% ../nbs/10_codebook.ipynb #new16
+# %% ../nbs/10_codebook.ipynb #c115
 _add(*(_grid(f'pi2-{b}', 2**(b-1)-1, *(('mse', 1.) if b < 6 else ('absmax', 2/pi/(2**(b-1)-1))), unit=pi/2, **_BF,
              doc=f'{2**b-1} integers times π/2') for b in (2, 3, 4, 5, 6, 8)))
 
@@ -259,7 +259,7 @@ _add(Codebook('phase-1', (-1., 1.), (0.,), 'absmean', rotation='pairs', **_BF,
               (*(i+.5 for i in range(-127, -22)), -21.4, 21.4, *(i+.5 for i in range(22, 127))), 'rms', 4/127, **_BF,
               doc='the quantisation document in real numbers: sign 1, 0 or -1 times an 8-bit magnitude, half are 0'))
 
-# %% ../nbs/10_codebook.ipynb #new17
+# %% ../nbs/10_codebook.ipynb #c116
 def codebook(
     name:str, # a key of `CODES`, perhaps with changes: 'q2, group=64'
     **changes # fields of `Codebook` to change, for example group=64 or rule='mse'
@@ -298,7 +298,7 @@ class Coded:
         "The exact numbers that the symbols stand for"
         return self.code.decode(self.z, self.s).view(self.shape)
 
-# %% ../nbs/10_codebook.ipynb #new23
+# %% ../nbs/10_codebook.ipynb #c120
 def hold(
     w:Tensor,            # the tensor, at least 1-D [rows, ...]
     code:Codebook,       # how to hold it
@@ -316,7 +316,7 @@ def hold(
         raise ValueError('a row of weights is too large for a float16 scale (65504); rescale the layer')
     return Coded(code, code.encode(m, s), s, tuple(w.shape))
 
-# %% ../nbs/10_codebook.ipynb #new2
+# %% ../nbs/10_codebook.ipynb #c124
 @patch
 def pack(self:Codebook,
     z:Tensor # uint8 symbols [..., n]

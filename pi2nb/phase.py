@@ -110,7 +110,7 @@ def _choose(name, m, code, embed_code, rules): # a layer -> (its `Codebook` or N
     if c.group < 1 or m.weight.shape[1] % c.group == 0: return c, ''
     return replace(c, name=f'{c.name}, group=0', group=0), f'one scale a row, groups of {c.group} do not fit'
 
-# %% ../nbs/12_phase.ipynb #new1
+# %% ../nbs/12_phase.ipynb #c101
 _READERS = nn.TransformerEncoderLayer, nn.MultiheadAttention # they read the weights of layers inside them directly
 
 def _plan(model, code, embed_code, rules): # -> module name: (module, code or None, remark), one code for what is shared

@@ -35,7 +35,7 @@ class StraightThrough(torch.autograd.Function):
         x = ctx.code._by_scale(ctx.code._turn(g.reshape(ctx.shape)))
         return ctx.code._turn((x*inside).view(ctx.shape)).view(g.shape), ctx.code._gain_gradient(x, *learned), None, None
 
-# %% ../nbs/11_quantlinear.ipynb #new1
+# %% ../nbs/11_quantlinear.ipynb #c100
 @patch
 def _gain_gradient(self:Codebook, x, slope=None, s=None): # LSQ: how the output follows the scale, times 1/sqrt(n Q_P)
     if slope is None: return None
@@ -75,7 +75,7 @@ class CodedWeight:
         "The weights as they are stored; raises ValueError on what no code can hold"
         return hold(self.weight, self.code, self.scale, self.gain)
 
-# %% ../nbs/11_quantlinear.ipynb #new1
+# %% ../nbs/11_quantlinear.ipynb #c103
 @patch
 def _load_from_state_dict(self:CodedWeight, state, prefix, *args): # a saved scale means frozen, none means learning
     s, w = state.get(prefix+'scale'), state.get(prefix+'weight')
@@ -110,7 +110,7 @@ class QuantLinear(CodedWeight, nn.Linear):
     def forward(self, x): return F.linear(x, self.held_weight(), self.bias)
     def extra_repr(self): return f'{super().extra_repr()}, code={self.code.name if self.code else None}'
 
-# %% ../nbs/11_quantlinear.ipynb #new4
+# %% ../nbs/11_quantlinear.ipynb #c104
 def _like(new, old, code): # an uninitialised module takes over the parameters of an old one
     new.weight = old.weight
     if getattr(old, 'bias', None) is not None: new.bias = old.bias
@@ -164,7 +164,7 @@ def from_float(cls:QuantEmbedding,
     with torch.device('meta'): new = QuantEmbedding(m.num_embeddings, m.embedding_dim, None, m.padding_idx)
     return _like(new, m, code)
 
-# %% ../nbs/11_quantlinear.ipynb #new7
+# %% ../nbs/11_quantlinear.ipynb #c107
 class Pi2Linear(QuantLinear):
     "A linear layer whose weights are integers times π/2 times a row scale; source: the π/2 training document"
     def __init__(self, in_features:int, out_features:int, bits:int = 8, bias:bool = False):
@@ -183,7 +183,7 @@ class Pi2RMSNorm(CodedWeight, nn.RMSNorm):
 
     def forward(self, x): return F.rms_norm(x, self.normalized_shape, self.held_weight(), self.eps)
 
-# %% ../nbs/11_quantlinear.ipynb #new11
+# %% ../nbs/11_quantlinear.ipynb #c111
 def stored_parameters(
     model:nn.Module # any module
 ):

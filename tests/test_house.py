@@ -62,6 +62,7 @@ BREAKS = [
     ('exported_cells', 'f has no docstring', planted('#| exports\ndef f(x): return x')),
     ('imports_alone', 'imports and other code', planted('import torch\ntorch.manual_seed(0)')),
     ('clean', 'not clean', lambda r: edit(r/'nbs'/A, lambda cs: cs[0].update(execution_count=3))),
+    ('clean', 'share the id', lambda r: edit(r/'nbs'/A, lambda cs: cs[1].update(id=cs[0]['id']))),
     ('clean', 'not clean', lambda r: write(f'nbs/{A}', (r/'nbs'/A).read_text() + '\n')(r)),
     ('outputs', 'machine path', planted('1', stream('wrote /home/someone/x'))),
     ('outputs', 'machine path', planted('1', dict(data={'text/plain': ['</tmp/tmpabc>']}, metadata={}, output_type='execute_result', execution_count=None))),

@@ -147,10 +147,12 @@ def imports_alone(root):
 
 @rule
 def clean(root):
-    "Notebooks are stored as nbdev_clean leaves them"
+    "Notebooks are stored as nbdev_clean leaves them, and no two cells of one share an id"
     bad, cfg = [], settings(root)
     for p in notebooks(root):
         nb = read_nb(p)
+        ids = [c['id'] for c in nb.cells]
+        bad += [f'{p.name}: two cells share the id {i}; give one another' for i in sorted(set(ids)) if ids.count(i) > 1]
         keys = (cfg[f'allowed_{k}metadata_keys'].split() for k in ('', 'cell_'))
         clean_nb(nb, cfg.getboolean('clear_all'), *keys, cfg.getboolean('clean_ids'))
         if nb2str(nb) != p.read_text(encoding='utf-8'): bad.append(f'{p.name} is not clean; run nbdev_clean')
