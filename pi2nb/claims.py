@@ -20,10 +20,12 @@ from .gray import gray, lee
 from .liv import boolean_product, liv_codon, pack_liv_cacheline
 from .codebook import codebook, hold
 from .distortion import gaussian_distortion
-from .phase import Pi2QuantizedLinear, Pi2QuantizedWeight
+from .quantlinear import _regress
+from .phase import Pi2QuantizedLinear, Pi2QuantizedWeight, _training_bytes
 from .optim import newton_schulz
 from .corpus import load_corpus
 from .train import Trainer, configure, resume
+from .benchmarks import at_best_rate
 
 # %% ../nbs/73_claims.ipynb #bd97edb0
 DOCUMENTS = {'π/2 training': 'The π/2 training document', 'π/2 quantisation': 'The π/2 quantisation document',
@@ -258,41 +260,21 @@ def _():
     return e == 0, f'two stages, the best magnitudes: an error of {e:.4f} of the variance of a bell curve'
 
 # %% ../nbs/73_claims.ipynb #c802d9c7
-def _training_bytes(m, weight): # bytes per weight of weights, gradients and optimiser, after one step of AdamW
-    opt = torch.optim.AdamW(m.parameters())
-    weight(m).square().sum().backward()
-    opt.step()
-    kept = [*m.parameters(), *m.buffers(), *(p.grad for p in m.parameters())]
-    kept += [t for s in opt.state.values() for t in s.values()]
-    return sum(t.numel()*t.element_size() for t in kept)/weight(m).numel()
-
 @claim('π/2 quantisation', 'training takes 4.3 bytes a weight, not 16', 'holds if complex phases never learn', '12_phase')
 def _():
     layer, w = Pi2QuantizedLinear(256, 256), _normal(256, 256)
-    learn = _training_bytes(layer, lambda m: m.held_weight())
-    real, fixed = (_training_bytes(Pi2QuantizedWeight(w, r), lambda m: m()) for r in ('real', 'complex'))
+    learn = sum(_training_bytes(layer))
+    real, fixed = (sum(_training_bytes(Pi2QuantizedWeight(w, r), lambda m: m())) for r in ('real', 'complex'))
     return (learn < 4.3, fixed < 4.3), (
         f'7.2 GB, not 26.8: phases that learn {learn:.0f} bytes, a magnitude each {real:.0f}, fixed complex phases {fixed:.1f}')
 
 # %% ../nbs/73_claims.ipynb #46897354
-def _fit(params, weight, steps=200): # a random target seen through features that follow 8 causes -> what is left of it
-    g = _seed(1)
-    mix, target, opt = torch.randn(8, 32, generator=g), torch.randn(16, 32, generator=g)/32**.5, torch.optim.Adam(params, lr=1e-2)
-    for i in range(steps):
-        x = torch.randn(64, 8, generator=g)@mix
-        loss = F.mse_loss(x@weight().T, x@target.T)/(x@target.T).square().mean()
-        opt.param_groups[0]['lr'] = 1e-2*(1-i/steps)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-    return loss.item()
-
 @claim('π/2 quantisation', 'gradients for the magnitudes are enough', 'does not hold', '12_phase')
 def _():
     w = _normal(16, 32)/32**.5
     fixed, layer = Pi2QuantizedWeight(w), Pi2QuantizedLinear(32, 16)
     layer.weight.data = w.clone()
-    few, all_ = _fit(fixed.parameters(), fixed), _fit(layer.parameters(), layer.held_weight)
+    few, all_ = (_regress(m.parameters(), f, 200)[0][-1] for m,f in ((fixed, fixed), (layer, layer.held_weight)))
     return few < 2*all_, f'a regression misses {few:.2f} of its variance, {all_:.2f} if phases learn through a float shadow'
 
 # %% ../nbs/73_claims.ipynb #a093fcaf
@@ -493,9 +475,7 @@ def _():
 
 # %% ../nbs/73_claims.ipynb #c101
 def _matched(code, text): # recorded: bits per byte of the test text, each seed, at the rate that validation chose
-    runs = [v for k,v in _runs(f'72_bits_{text}.json').items() if k.startswith(f'{code}, muon ')]
-    rate = min((v for v in runs if v['asked']['seed'] == 0), key=lambda v: v['valid'][-1][1])['asked']['muon_lr']
-    return [v['test_bpb'] for v in runs if v['asked']['muon_lr'] == rate]
+    return [v['test_bpb'] for v in at_best_rate(_runs(f'72_bits_{text}.json'), code)[1]]
 
 def _apart(a, b): # two codes -> difference of their means and two standard errors of it, on each text
     for text in ('shakespeare', 'wikitext2'):

@@ -120,6 +120,10 @@ def _by_scale(self:Codebook, x): # matrix -> [scale rows, scale columns, weights
     shape = self.scale_shape(*x.shape)
     return x.reshape(*shape, x.numel()//max(1, prod(shape)))
 
+@patch
+def _framed(self:Codebook, w): # weights [rows, cols] as the code works on them: turned, by scale
+    return self._by_scale(self._turn(w.float()))
+
 # %% ../nbs/10_codebook.ipynb #c109
 def _least_squares(x, code): # in pieces that stay in the cache
     n, g = x.shape[0]*x.shape[1], x.shape[2]
@@ -155,7 +159,7 @@ def scale(self:Codebook,
     gain:Tensor = None# learned factor on each scale [rows, groups]
 ) -> Tensor: # float16 [rows, groups], see `scale_shape`; inf where a weight is infinite or too large for float16
     "The stored scale of each row or group of `w`; raises ValueError if `group` does not divide the columns"
-    return self._scale(self._by_scale(self._turn(w.float())), gain)
+    return self._scale(self._framed(w), gain)
 
 # %% ../nbs/10_codebook.ipynb #c018
 @patch
@@ -184,7 +188,7 @@ def encode(self:Codebook,
     s:Tensor  # their scales, float16 [rows, groups]
 ) -> Tensor:  # uint8 symbols [rows, cols]
     "The symbol of every weight: how many cuts lie strictly below it"
-    u = self._by_scale(self._turn(w.float()))/s.float().unsqueeze(-1)
+    u = self._framed(w)/s.float().unsqueeze(-1)
     return self._symbols(u).to(torch.uint8).view(w.shape)
 
 @patch
@@ -193,17 +197,20 @@ def decode(self:Codebook,
     s:Tensor  # scales, float16 [rows, groups]
 ) -> Tensor:  # float32 [rows, cols], the same bits on every device
     "The number that every symbol stands for: level times scale, turned back, rounded to the type `held`"
-    v = self._values(self._by_scale(z.float()))
-    return self._held((v*s.float().unsqueeze(-1)).view(z.shape))
+    return self._product(self._values(self._by_scale(z.float())), s, z.shape)
+
+@patch
+def _product(self:Codebook, v, s, shape): # levels by scale, scales -> held weights
+    return self._held((v*s.float().unsqueeze(-1)).view(shape))
 
 # %% ../nbs/10_codebook.ipynb #c111
 @patch
 def _code(self:Codebook, w, gain=None): # -> held weights, scales; weights and levels in units of the scale, turned
-    x = self._by_scale(self._turn(w.float()))
+    x = self._framed(w)
     s = self._scale(x, gain)
     u = x/s.float().unsqueeze(-1)
     v = self._values(self._symbols(u))
-    return self._held((v*s.float().unsqueeze(-1)).view(w.shape)), s, u, v
+    return self._product(v, s, w.shape), s, u, v
 
 @patch
 def __call__(self:Codebook,

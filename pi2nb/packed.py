@@ -37,7 +37,7 @@ class _Decode(torch.autograd.Function): # a weight is level times scale; roundin
     def backward(ctx, g):
         code, z = ctx.code, ctx.code.unpack(ctx.saved_tensors[0], ctx.cols)
         levels = code._values(code._by_scale(z.float()))
-        return None, (code._by_scale(code._turn(g))*levels).sum(-1), None, None
+        return None, (code._framed(g)*levels).sum(-1), None, None
 
 # %% ../nbs/14_packed.ipynb #41e0b006
 class PackedWeight(nn.Module):

@@ -79,6 +79,17 @@ class Pi2QuantizedEmbedding(QuantEmbedding):
     def __init__(self, num_embeddings:int, embedding_dim:int, stages:int = 2, reading:str = 'complex'):
         super().__init__(num_embeddings, embedding_dim, _phase_code(reading, stages))
 
+# %% ../nbs/12_phase.ipynb #c042
+def _training_bytes(m, weight=lambda m: m.held_weight()): # bytes per weight after one step of AdamW: weights, gradients, optimiser
+    opt = torch.optim.AdamW(m.parameters(), lr=1e-3)
+    w = weight(m)
+    w.square().sum().backward()
+    opt.step()
+    kept = [*m.parameters(), *m.buffers()], [p.grad for p in m.parameters()], [t for s in opt.state.values() for t in s.values()]
+    return [_tensor_bytes(ts)/w.numel() for ts in kept]
+
+def _tensor_bytes(tensors): return sum(t.numel()*t.element_size() for t in tensors)
+
 # %% ../nbs/12_phase.ipynb #c047
 @dataclass
 class QuantizationReport:
@@ -143,8 +154,6 @@ def _rows(model, plan): # the rows of the report
         owner, _, leaf = name.rpartition('.')
         _, c, why = plan[owner] if owner in plan else (None, None, 'left alone, it is not the weight of a layer')
         if p.ndim > 1: yield name, tuple(p.shape), c.name if c else None, why
-
-def _tensor_bytes(tensors): return sum(t.numel()*t.element_size() for t in tensors)
 
 # %% ../nbs/12_phase.ipynb #c050
 def quantize_model(

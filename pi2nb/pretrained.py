@@ -271,6 +271,7 @@ def rounding_cost(
     return dict(bits=bits, error=error, lost=lost.mean().item(), lost_se=(lost.std()/len(lost)**.5).item(),
                 nats=nats, ppl=float(np.exp(nats)), seconds=seconds)
 
+# %% ../nbs/64_pretrained.ipynb #c200
 def rounding_grid(
     model:LlamaForCausalLM, # the model; it is not changed
     windows:list,           # int64 tensors [time] to score

@@ -32,7 +32,7 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         inside, *learned = ctx.saved_tensors
-        x = ctx.code._by_scale(ctx.code._turn(g.reshape(ctx.shape)))
+        x = ctx.code._framed(g.reshape(ctx.shape))
         return ctx.code._turn((x*inside).view(ctx.shape)).view(g.shape), ctx.code._gain_gradient(x, *learned), None, None
 
 # %% ../nbs/11_quantlinear.ipynb #c100
@@ -182,6 +182,21 @@ class Pi2RMSNorm(CodedWeight, nn.RMSNorm):
         self.hold_in(f'pi2-{bits}')
 
     def forward(self, x): return F.rms_norm(x, self.normalized_shape, self.held_weight(), self.eps)
+
+# %% ../nbs/11_quantlinear.ipynb #c020
+def _regress(params, weight, steps=600): # -> (loss at every step, a function that scores any weights on the last batch)
+    g, losses, opt = torch.Generator().manual_seed(1), [], torch.optim.Adam(params, lr=1e-2)
+    mix, target = torch.randn(8, 32, generator=g), torch.randn(16, 32, generator=g)/32**.5 # 32 features that follow 8 causes
+    def error(w): return F.mse_loss(x@w.T, x@target.T)/(x@target.T).square().mean()
+    for i in range(steps):
+        x = torch.randn(64, 8, generator=g)@mix
+        loss = error(weight())
+        opt.param_groups[0]['lr'] = 1e-2*(1-i/steps)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    return losses, lambda w: error(w).item()
 
 # %% ../nbs/11_quantlinear.ipynb #c111
 def stored_parameters(
