@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StraightThrough', 'fake_quantize', 'CodedWeight', 'QuantLinear', 'Q2Linear', 'QuantEmbedding', 'Pi2Linear',
            'Pi2Embedding', 'Pi2RMSNorm', 'stored_parameters', 'coded_state', 'load_coded_state', 'frozen_copy',
-           'holdings']
+           'hold_integers', 'holdings']
 
 # %% ../nbs/11_quantlinear.ipynb #c002
 from copy import deepcopy
@@ -14,7 +14,7 @@ import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
-from .codebook import Codebook, Coded, codebook, hold, matrix_shape
+from .codebook import Codebook, Coded, codebook, hold, matrix_shape, _shorten
 
 # %% ../nbs/11_quantlinear.ipynb #c008
 class StraightThrough(torch.autograd.Function):
@@ -68,17 +68,21 @@ class CodedWeight:
 
     def held_weight(self) -> Tensor: # shape and type of `weight`
         "The weights that the forward pass uses"
+        if self.weight.dtype == torch.uint8: return self._leaf()
         if self.code is None or self.scale is not None: return self.weight
         return fake_quantize(self.shadow(), self.code, gain=self.gain)
 
     def coded(self) -> Coded:
         "The weights as they are stored; raises ValueError on what no code can hold"
-        return hold(self.weight, self.code, self.scale, self.gain)
+        if self.weight.dtype != torch.uint8: return hold(self.weight, self.code, self.scale, self.gain)
+        return Coded(self.code, self.weight.reshape(matrix_shape(self.weight.shape)), self.scale, tuple(self.weight.shape))
 
 # %% ../nbs/11_quantlinear.ipynb #c103
 @patch
 def _load_from_state_dict(self:CodedWeight, state, prefix, *args): # a saved scale means frozen, none means learning
     s, w = state.get(prefix+'scale'), state.get(prefix+'weight')
+    if w is not None and torch.uint8 in (w.dtype, self.weight.dtype) and w.dtype != self.weight.dtype:
+        self.weight.requires_grad_(False).data = self.weight.to(w.dtype)           # the layer takes the mode of what it loads
     if self.code is not None and w is not None and w.shape == self.weight.shape:
         if s is None: self.scale = None
         elif s.shape == self.code.scale_shape(*matrix_shape(w.shape)): self.scale = s.to(self.weight.device, torch.float16, copy=True)
@@ -246,7 +250,9 @@ def load_coded_state(
         if layer is p: raise ValueError(f'{name} lies packed; load the state into the model first, then pack it')
         if v.shape != p.shape:
             raise ValueError(f'{name} has shape {tuple(v.shape)} in the file and {tuple(p.shape)} in the model')
-        p.copy_(v.decode() if isinstance(v, Coded) else v)
+        new = v.decode() if isinstance(v, Coded) else v
+        if p.dtype == torch.uint8: p.data = new.to(p.device)
+        else: p.copy_(new)
         if isinstance(v, Coded) and layer:
             layer.scale = v.s.to(p.device)
             for q in (p, layer.gain): q is None or q.requires_grad_(False)
@@ -258,6 +264,41 @@ def frozen_copy(
 ) -> nn.Module:     # an independent copy whose weights lie on the grid, in eval mode, without gradients
     "The model as its file would hold it"
     return load_coded_state(deepcopy(model), coded_state(model)).eval().requires_grad_(False)
+
+# %% ../nbs/11_quantlinear.ipynb #i002
+@patch
+def _leaf(self:CodedWeight): # the numbers that the symbols stand for, where autograd puts their gradient
+    w, leaf = self.weight, getattr(self.weight, 'leaf', None)
+    if leaf is None or w.version != w._version or leaf.device != w.device:
+        with torch.inference_mode(False), torch.no_grad():
+            leaf = self.coded().decode().requires_grad_()
+        w.leaf, w.version, w.top = leaf, w._version, len(self.code.levels)-1
+    return leaf
+
+# %% ../nbs/11_quantlinear.ipynb #i004
+def _integers(w, code, s, reach): # float weights -> symbols, the scale that was given or one that reaches far enough
+    m = w.detach().float().reshape(matrix_shape(w.shape))
+    if s is None:
+        spread = max(m.square().mean().sqrt().item(), max(m.shape[1], 1)**-.5)
+        s = torch.full(code.scale_shape(*m.shape), reach*spread/max(map(abs, code.levels)), device=w.device)
+        s = _shorten(s.clamp(2.**-14, 2.**15), code.digits, False).half()
+    return hold(w, code, s).z.view(w.shape), s
+
+@torch.no_grad()
+def hold_integers(
+    model:nn.Module, # any module; its coded layers are changed in place
+    reach:float = 4. # the last level, in standard deviations of the matrix at the start
+) -> nn.Module:      # the same module
+    "Keep the symbols of every coded layer as its weight, uint8; raises ValueError on NaN, and on codes that turn weights or learn scales"
+    seen = {}                                                        # a shared weight is changed once
+    for name, m in model.named_modules():
+        if not isinstance(m, CodedWeight) or m.code is None or m.weight.dtype == torch.uint8 and id(m.weight) not in seen: continue
+        if m.code.rotation or m.gain is not None:
+            raise ValueError(f'{name or "the layer"} is held in {m.code.name}, which turns weights or learns scales; hold it in pi2-8 or int8')
+        z, m.scale = seen.get(id(m.weight)) or _integers(m.weight, m.code, m.scale, reach)
+        seen[id(m.weight)] = z, m.scale
+        m.weight.requires_grad_(False).data, m.weight.grad = z, None
+    return model
 
 # %% ../nbs/11_quantlinear.ipynb #c038
 def holdings(
