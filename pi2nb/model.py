@@ -17,6 +17,7 @@ from .codebook import codebook
 from .quantlinear import QuantLinear, QuantEmbedding, coded_state, holdings, stored_parameters
 from .attention import GQABlock, MLP
 from .cfc import CfCBlock
+from .recursion import RecursiveCore
 from .geode import parse_layout
 
 # %% ../nbs/41_model.ipynb #c006
@@ -30,6 +31,7 @@ class LMConfig:
     window:int = 256              # positions that attention can see, itself included
     mlp:str = 'relu2'             # 'relu2' or 'swiglu'
     mlp_ratio:float = 4.          # hidden width of the MLP over `dim`
+    depth:int = 4                 # passes of a recursive core
     vocab:int = 256               # number of tokens
     tied:bool = False             # does the head share the embedding's weights
     code:str|None = 'q2'          # code of the matrices; None is float32
@@ -56,14 +58,19 @@ def _gqa(c): return GQABlock(c.dim, c.heads, c.kv_heads, c.window, c.code)
 @register_mixer('CfC')
 def _cfc(c): return CfCBlock(c.dim, c.code, c.gate_code)
 
+def _mlp(c): return MLP(c.dim, round(c.dim*c.mlp_ratio), c.mlp, c.code)
+
+@register_mixer('Recursive')
+def _recursive(c): return RecursiveCore(_gqa(c), _mlp(c), c.depth)
+
 # %% ../nbs/41_model.ipynb #c011
 def _norm(x): return F.rms_norm(x, x.shape[-1:])
 
 class Block(nn.Module):
     "x + mixer(norm x), then x + mlp(norm x)"
     def __init__(self,
-        mixer:nn.Module, # moves information along the sequence
-        mlp:nn.Module    # works on each position alone
+        mixer:nn.Module,   # moves information along the sequence
+        mlp:nn.Module|None # works on each position alone; None: the mixer has done that
     ):
         super().__init__()
         self.mixer, self.mlp = mixer, mlp
@@ -71,7 +78,7 @@ class Block(nn.Module):
     def forward(self, x, state=None):
         y, state = self.mixer(_norm(x), state)
         x = x + y
-        return x + self.mlp(_norm(x)), state
+        return x if self.mlp is None else x + self.mlp(_norm(x)), state
 
 # %% ../nbs/41_model.ipynb #c013
 class LM(nn.Module):
@@ -88,8 +95,8 @@ class LM(nn.Module):
         if (odd := [n for n in names if n not in MIXERS]):
             raise ValueError(f'unknown mixer {odd[0]!r} in the layout {c.layout!r}; there are {", ".join(MIXERS)}')
         self.embed = QuantEmbedding(c.vocab, c.dim, c.embed_code)
-        hidden = round(c.dim*c.mlp_ratio)
-        self.blocks = nn.ModuleList(Block(MIXERS[n](c), MLP(c.dim, hidden, c.mlp, c.code)) for n in names)
+        mixers = (MIXERS[n](c) for n in names)
+        self.blocks = nn.ModuleList(Block(m, None if getattr(m, 'has_mlp', False) else _mlp(c)) for m in mixers)
         self.head = QuantLinear(c.dim, c.vocab, c.embed_code)
         self.head.is_head = True
         nn.init.normal_(self.head.weight, std=.01)
