@@ -25,7 +25,7 @@ from .phase import Pi2QuantizedLinear, Pi2QuantizedWeight, _training_bytes
 from .optim import newton_schulz
 from .corpus import load_corpus
 from .train import Trainer, configure, resume
-from .benchmarks import at_best_rate
+from .benchmarks import at_best_rate, read_runs
 
 # %% ../nbs/73_claims.ipynb #bd97edb0
 DOCUMENTS = {'π/2 training': 'The π/2 training document', 'π/2 quantisation': 'The π/2 quantisation document',
@@ -130,7 +130,7 @@ def _whole(low, high, *shape): return torch.randint(low, high, shape, generator=
 def _runs(name, part='runs'): # a record -> its runs
     path = next((p for p in (Path('runs', name), Path('nbs', 'runs', name)) if p.exists()), None)
     if path is None: raise FileNotFoundError(f'no record {name} here; start in the folder nbs of a clone')
-    return json.loads(path.read_text())[part]
+    return read_runs(path) if part == 'runs' else json.loads(path.read_text())[part]
 
 def _scores(kind): # recorded: bits per byte of the test text, for each seed
     return [v['test_bpb'] for k,v in _runs('72_shakespeare.json').items() if k.startswith(f'{kind},')]

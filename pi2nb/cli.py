@@ -100,6 +100,7 @@ def _train(cfg, out, device, resume, twin): # twin: the settings of the float32 
         again = f"pi2 train --resume{' --twin' if twin else ''} -o {shlex.quote(str(out))}"
         print(f"pi2: {str(e) or 'interrupted'}; continue with: {again}", file=sys.stderr)
         sys.exit(130)
+    if rep is None: return                                            # one of several workers, and not the first
     print(report_text(rep, other))
     names = ['model.q2bin', 'metrics.jsonl', 'loss.png', 'report.json', 'checkpoint.pt']
     if twin: names.append('twin')

@@ -174,9 +174,15 @@ _SHAPE = dict(layout='GQA, CfC*3', dim=192)
 
 register_recipe(Recipe('q2', '2-bit matrices in four even levels, straight-through; Muon and AdamW', _SHAPE))
 register_recipe(Recipe('dense', 'the float32 twin of q2: same shape, every code off',
-    _SHAPE | dict(code=None, gate_code=None, embed_code=None), dict(adam_lr=.032)))
+    _SHAPE | dict(code=None, gate_code=None, embed_code=None), dict(rest_lr=.032)))
 register_recipe(Recipe('phase', 'complex weights: two stages of quarter turns on pairs of features; learns like q2',
-    _SHAPE | dict(code='phase-2')));
+    _SHAPE | dict(code='phase-2')))
+
+_GRID = _SHAPE | dict(code='pi2-8', gate_code='pi2-8', embed_code='pi2-8')
+register_recipe(Recipe('pi2', 'integers times π/2 that learn by carry-and-snap: no shadow, no chance, the same file on any number of workers',
+    _GRID, dict(optimizer='carry', lr=1., rest_lr=4., micro=4)))
+register_recipe(Recipe('ghost', 'integers that learn by counting votes: no float between gradient and weight; as repeatable as pi2',
+    _GRID, dict(optimizer='votes', lr=1.5, rest_lr=1.5, micro=4)));
 
 # %% ../nbs/41_model.ipynb #c028
 @torch.no_grad()

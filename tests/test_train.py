@@ -131,8 +131,8 @@ def test_minutes_instead_of_steps(tmp_path, text):
 
 
 def test_a_dead_run_stops(tmp_path, text):
-    with pytest.raises(DeadRun, match='no weight of'): whole(tmp_path, text[1], muon_lr=0., adam_lr=0., steps=200)
-    with pytest.raises(DeadRun, match='letter frequencies'): whole(tmp_path, text[1], 'slow', muon_lr=1e-3, adam_lr=3e-5, steps=110)
+    with pytest.raises(DeadRun, match='no weight of'): whole(tmp_path, text[1], lr=0., rest_lr=0., steps=200)
+    with pytest.raises(DeadRun, match='letter frequencies'): whole(tmp_path, text[1], 'slow', lr=1e-3, rest_lr=3e-5, steps=110)
 
 
 def test_another_text_cannot_be_resumed(tmp_path, text):
@@ -218,7 +218,7 @@ def test_command_refuses_a_foreign_twin_and_a_dead_run(tmp_path, text):
     assert pi2(*train_args(text[0], 'run/twin', '--steps', 4), cwd=tmp_path).returncode == 0
     r = pi2(*train_args(text[0], 'run', '--steps', 4, '--twin'), cwd=tmp_path)
     assert r.returncode == 1 and 'other settings' in r.stderr and len(r.stderr.strip().splitlines()) == 1
-    r = pi2(*train_args(text[0], 'dead', '--steps', 60, '--set', 'muon_lr=0', '--set', 'adam_lr=0'), cwd=tmp_path)
+    r = pi2(*train_args(text[0], 'dead', '--steps', 60, '--set', 'lr=0', '--set', 'rest_lr=0'), cwd=tmp_path)
     assert r.returncode == 1 and 'has changed since the start' in r.stderr and 'Traceback' not in r.stderr
 
 
@@ -240,7 +240,7 @@ def test_command_refuses_a_foreign_twin_and_a_dead_run(tmp_path, text):
     (['train', '--minutes', '-1'], 'minutes'),
     (['train', '--minutes', 'inf'], 'minutes'),
     (['train', '--minutes', '1', '--steps', '1'], 'not both'),
-    (['train', '--set', 'muon_lr=-1'], 'muon_lr'),
+    (['train', '--set', 'lr=-1'], 'lr'),
     (['train', '--set', 'vocab=9'], 'vocab'),
     (['train', '--set', 'mlp_ratio=0'], 'mlp_ratio'),
     (['train', '--set', 'code=q9'], 'q9'),
