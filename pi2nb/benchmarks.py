@@ -45,6 +45,7 @@ def _grid_job(changes): # one run of a grid
         try: t.fit(show=False)
         except DeadRun as e: return dict(commit=environment()['commit'], settings=asdict(t.cfg), dead=str(e), seconds=t.elapsed,
             text=t.corpus.sha256(), train=[(r['step'], r['bpb']) for r in t.rows], valid=[(t.step, t.evaluate())])
+        t.lm.float()                                                   # a peer may have trained in bfloat16
         rep = t.finish(only=())
         sha256 = hashlib.sha256((Path(d)/'model.q2bin').read_bytes()).hexdigest()
     kept = 'steps', 'seconds', 'threads', 'params', 'bits_per_weight', 'bytes', 'logit_gap', 'test_bpb', 'holdings'
@@ -101,7 +102,7 @@ def at_best_rate(
     def rates(v): return v['settings']['lr'], v['settings']['rest_lr']
     valid = {rates(v): v['valid'][-1][1] for v in mine if v['settings']['seed'] == 0}
     best = min(valid, key=valid.get, default=None)
-    lines = [sorted({r[i] for r in valid if r[1-i] == best[1-i]}) for i in (0, 1)] if best else [[0]]
-    if all(len(l) == 1 for l in lines) or any(len(l) > 1 and x in (l[0], l[-1]) for l,x in zip(lines, best)):
+    lrs, rests = [r[0] for r in valid], [r[1] for r in valid if r[0] == best[0]] if best else []
+    if not best or best[0] in (min(lrs), max(lrs)) or len(rests) > 1 and best[1] in (min(rests), max(rests)):
         raise ValueError(f'the best rate of {arm!r} is not between others that were tried; try more rates')
     return best[0], sorted((v for v in mine if rates(v) == best), key=lambda v: v['settings']['seed'])
