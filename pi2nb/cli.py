@@ -8,6 +8,7 @@ __all__ = ['app', 'File', 'Data', 'Device', 'Seed', 'main', 'train', 'eval', 'ge
 # %% ../nbs/70_cli.ipynb #c002
 import errno, shlex, sys
 from dataclasses import replace
+from math import gcd
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -42,6 +43,22 @@ def _pairs(items): # ['dim=256'] -> {'dim': '256'}
         if '=' not in s: raise ValueError(f'--set {s!r} is not of the form key=value')
     return dict(s.split('=', 1) for s in items)
 
+def _shape(name, dim, layers, heads): # the documents' three numbers -> fields of `LMConfig`
+    from pi2nb.geode import parse_layout
+    from pi2nb.model import recipe
+    c, out = recipe(name).config(), {}
+    if dim is not None: out['dim'] = dim
+    if layers is not None:                                             # the recipe's layers, over and over
+        names = parse_layout(c.layout)
+        out['layout'] = ', '.join(names[i % len(names)] for i in range(layers))
+    if heads is not None: out |= dict(heads=heads, kv_heads=gcd(heads, max(1, heads*c.kv_heads//c.heads)))
+    return out
+
+def _rates(name, lr): # both rates, in the recipe's proportion
+    from pi2nb.train import configure
+    c = configure(name)
+    return {} if lr is None else dict(lr=lr, rest_lr=c.rest_lr*lr/c.lr)
+
 def _start_or_resume(resume_it, cfg, out, corpus, device, only=None): # -> report of the finished run
     from pi2nb.train import resume, train
     if not resume_it: return train(cfg, out, corpus, device or 'auto', only=only)
@@ -58,6 +75,12 @@ def train(
     steps:Annotated[Optional[int], typer.Option(help="optimizer steps  [default: the recipe's]")] = None,
     minutes:Annotated[Optional[float], typer.Option(
         help="train this long instead of a number of steps; the result then depends on the machine's speed")] = None,
+    dim:Annotated[Optional[int], typer.Option(min=1, help="width of the model  [default: the recipe's]")] = None,
+    layers:Annotated[Optional[int], typer.Option(min=1, max=1000,
+        help="number of layers: the recipe's layout, repeated or cut  [default: the recipe's]")] = None,
+    heads:Annotated[Optional[int], typer.Option(min=1, help="attention heads; dim/heads must be even  [default: the recipe's]")] = None,
+    lr:Annotated[Optional[float], typer.Option(min=0,
+        help="peak learning rate of the matrices; the other rate keeps its proportion  [default: the recipe's]")] = None,
     output:Annotated[Optional[Path], typer.Option('--output', '-o',
         help='folder of the run  [default: runs/RECIPE]')] = None,
     seed:Annotated[Optional[int], typer.Option(min=0, max=2**32-1,
@@ -67,17 +90,21 @@ def train(
     twin:Annotated[bool, typer.Option('--twin', help='also train the float32 twin, to see what the code costs')]=False,
     device:Annotated[Optional[str], typer.Option(
         help="'auto', 'cpu', 'cuda', or another torch device  [default: auto, or where the run was]")] = None,
+    gpu:Annotated[Optional[int], typer.Option(min=0, help='number of the GPU to use: the same as --device cuda:N')] = None,
     changes:Annotated[list[str], typer.Option('--set', help='any other setting, as key=value; may be repeated')] = []
 ):
     "Train a model, pack it, prove the file, and read what it writes."
     from pi2nb.train import check_new, configure, saved_config, twin_of
     options = dict(data=data, steps=steps, minutes=minutes, seed=seed)
-    given = {k: v for k,v in options.items() if v is not None} | _pairs(changes)
-    out = output or Path('runs')/(recipe or 'q2')
+    name, told = recipe or 'q2', _pairs(changes)
+    given = {k: v for k,v in options.items() if v is not None} | _shape(name, dim, layers, heads) | _rates(name, lr) | told
+    out = output or Path('runs')/name
+    if gpu is not None and device: raise ValueError('give --gpu or --device, not both')
+    if gpu is not None: device = f'cuda:{gpu}'
     if resume and (given or recipe and output):
         raise ValueError('--resume continues a run as it was started: give the --output folder and no other setting')
     if steps and minutes: raise ValueError('give --steps or --minutes, not both')
-    cfg = saved_config(out) if resume else configure(recipe or 'q2', **given)
+    cfg = saved_config(out) if resume else configure(name, **given)
     if not resume: check_new(out)
     other = twin_of(cfg) if twin else None
     if other and (out/'twin'/'checkpoint.pt').exists():

@@ -174,7 +174,7 @@ def gather(self:IntegerRule):
         g = (_matrix(leaf.grad).float()*scale).round_().clamp_(-2**26, 2**26).int()
         st['sum'] = st['sum'].add_(g) if 'sum' in st else g
         leaf.grad = None
-    self.reduced = False
+    self.reduced &= not have
 
 @patch
 @torch.no_grad()
@@ -303,8 +303,9 @@ class CarrySnap(IntegerRule):
             if not 0 <= gr['momentum'] < 1: raise ValueError(f"momentum is {gr['momentum']!r}; it must be at least 0 and below 1")
 
     def _direction(self, v, st, gr): # int32, 256 is the usual size
-        b, m = round(gr['momentum']*256), st.get('momentum', 0)
+        b = round(gr['momentum']*256)
         if b:
+            m = st['momentum'].int() if 'momentum' in st else 0
             t = _shift(m*(8*b) + v*(256-b), 8)                           # the mean, in 256ths; kept in 32nds
             st['momentum'] = (t + ordered_dither(t.shape, gr['step']+7, 3, t.device) >> 3).clamp_(-127, 127).to(torch.int8)
             v = _shift(t*b + v*(256-b), 8)
