@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'newton_schulz', 'Muon', 'split_params', 'register_optimizer', 'make_optimizers', 'trapezoid',
-           'set_rate', 'IntegerRule', 'newton_schulz_exact', 'CarrySnap', 'GhostVotes']
+           'set_rate', 'IntegerRule', 'newton_schulz_exact', 'CarrySnap', 'GhostVotes', 'FloatCount', 'static_bytes']
 
 # %% ../nbs/60_optim.ipynb #c002
 from math import isqrt
@@ -207,7 +207,8 @@ def _bit_length(x):
 
 @patch
 def _means(self:IntegerRule, g, st): # running means of |g| by row and by column, in 1/256, int32; the mean of all
-    new = [(g.abs().sum(k, dtype=torch.int64)*256//g.shape[k]).clamp_(max=2**30).int() for k in (1, 0)]
+    a = g.abs()
+    new = [(a.sum(k, dtype=torch.int64)*256//a.shape[k]).clamp_(max=2**30).int() for k in (1, 0)]
     if 'means' not in st: st['means'] = new
     else:
         for s,x in zip(st['means'], new): s += _shift((x - s >> 4)*13, 4)      # by 13/256, about a twentieth
@@ -238,7 +239,12 @@ def step(self:IntegerRule):
     "Gather, reduce, and move every integer that has a gradient"
     self.gather()
     self.reduce()
-    for p, fixed in self._advance(): p.copy_(fixed.view(p.shape)*2.**-16)
+    self._publish(self._advance())
+
+@patch
+@torch.no_grad()
+def _publish(self:IntegerRule, vectors): # the new values of the float vectors
+    for p, fixed in vectors: p.copy_(fixed.view(p.shape)*2.**-16)
 
 @patch
 def _advance(self:IntegerRule): # the update itself, in integers; -> the vectors and their new values in units of 2^-16
@@ -357,3 +363,28 @@ def _carry(model, lr, rest_lr, dtype):
 @register_optimizer('votes')
 def _votes(model, lr, rest_lr, dtype):
     return [GhostVotes(_groups(lr, rest_lr, *split_params(hold_integers(model))))]
+
+# %% ../nbs/60_optim.ipynb #n002
+class FloatCount(TorchDispatchMode):
+    "Counts the operations in its block that read or write a float tensor, by name: `with FloatCount() as c: ...; c.ops`"
+    def __enter__(self):
+        self.ops = {}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        seen = torch.utils._pytree.tree_leaves((args, kwargs, out))
+        if any(isinstance(t, Tensor) and t.is_floating_point() for t in seen):
+            self.ops[f._schema.name] = self.ops.get(f._schema.name, 0) + 1
+        return out
+
+# %% ../nbs/60_optim.ipynb #n005
+def static_bytes(
+    model:nn.Module, # a model
+    opts:list        # its optimizers, after a step
+) -> int:            # bytes of everything that is kept from one step to the next, shared storage once
+    "Parameters, buffers and the state of the optimizers"
+    state = [st for o in opts for st in o.state.values()]
+    held = torch.utils._pytree.tree_leaves([list(model.parameters()), list(model.buffers()), state])
+    seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if isinstance(t, Tensor)}
+    return sum(seen.values())
