@@ -54,6 +54,7 @@ def _grid_job(changes): # one run of a grid
         train=[(r['step'], r['bpb']) for r in t.rows],
         valid=[(r['step'], r['valid_bpb']) for r in t.rows if 'valid_bpb' in r])
 
+# %% ../nbs/72_benchmarks.ipynb #q301
 def _in_own_process(changes, module): # `_grid_job` with one thread, in a fresh interpreter that has imported `module`
     ask = (f'import json, sys, {module}; from pi2nb.benchmarks import _grid_job; '
            'print(json.dumps(_grid_job(json.loads(sys.argv[1]))))')

@@ -59,6 +59,7 @@ def _rates(name, lr): # both rates, in the recipe's proportion
     c = configure(name)
     return {} if lr is None else dict(lr=lr, rest_lr=c.rest_lr*lr/c.lr)
 
+# %% ../nbs/70_cli.ipynb #q201
 def _start_or_resume(resume_it, cfg, out, corpus, device, only=None): # -> report of the finished run
     from pi2nb.train import resume, train
     if not resume_it: return train(cfg, out, corpus, device or 'auto', only=only)

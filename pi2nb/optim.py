@@ -92,6 +92,7 @@ def register_optimizer(
         return f
     return add
 
+# %% ../nbs/60_optim.ipynb #q001
 @register_optimizer('muon')
 def _muon(model, lr, rest_lr, dtype):
     mats, rest = split_params(model)
@@ -102,6 +103,7 @@ def _muon(model, lr, rest_lr, dtype):
 def _adamw(model, lr, rest_lr, dtype):
     return [torch.optim.AdamW(_groups(lr, rest_lr, *split_params(model)), betas=(.9, .95), weight_decay=0., fused=True)]
 
+# %% ../nbs/60_optim.ipynb #q002
 def make_optimizers(
     model:nn.Module,     # the model; rules for integers change how it holds its weights
     name:str = 'muon',   # a key of `OPTIMIZERS`
@@ -176,6 +178,7 @@ def gather(self:IntegerRule):
         leaf.grad = None
     self.reduced &= not have
 
+# %% ../nbs/60_optim.ipynb #q003
 @patch
 @torch.no_grad()
 def reduce(self:IntegerRule):
@@ -202,7 +205,7 @@ def _bit_length(x):
     n = torch.zeros_like(x)
     for k in (16, 8, 4, 2, 1):
         big = x >= 1 << k
-        n, x = n + k*big, torch.where(big, x >> k, x)
+        n, x = n + k*big.int(), torch.where(big, x >> k, x)
     return n + (x > 0)
 
 @patch
@@ -223,14 +226,17 @@ def _normalised(self:IntegerRule, g, st, clip): # gradient, int32 -> 256 times g
     y = _turn(torch.minimum(torch.maximum(g, -most), most), -k[:, None])
     y = _shift(y*((1 << 28)//_turn(rows, -k-2).clamp_(min=1 << 14))[:, None], 14)
     f = (m*256//cols.clamp(min=1).long()).clamp_(max=1 << 14).int()
-    self._follow(st, int(m).bit_length() - 20)
+    self._follow(st, int(m).bit_length())
     return _shift(y*f, 8).clamp_(-256*clip, 256*clip)
 
 @patch
-def _follow(self:IntegerRule, st, b): # keep the mean gradient near 2^12, so that nothing overflows and little is rounded
+def _follow(self:IntegerRule, st, bits): # keep the mean gradient near 2^12, so that nothing overflows and little is rounded
+    b = bits - 20
     if abs(b) < 2 or not -60 < st['exponent'] - b < 60: return
     st['exponent'] -= b
-    for s in st['means']: s.copy_(s >> b if b > 0 else s.clamp(max=2**30 >> -b) << -b)
+    if not 10 <= bits <= 27: del st['means']                           # far off: these means are worth nothing
+    else:
+        for s in st['means']: s.copy_(s >> b if b > 0 else s.clamp(max=2**30 >> -b) << -b)
 
 # %% ../nbs/60_optim.ipynb #kd1ad94c
 @patch
@@ -246,6 +252,7 @@ def step(self:IntegerRule):
 def _publish(self:IntegerRule, vectors): # the new values of the float vectors
     for p, fixed in vectors: p.copy_(fixed.view(p.shape)*2.**-16)
 
+# %% ../nbs/60_optim.ipynb #q004
 @patch
 def _advance(self:IntegerRule): # the update itself, in integers; -> the vectors and their new values in units of 2^-16
     for gr in self.param_groups: gr['step'] += 1
@@ -263,6 +270,7 @@ def _advance(self:IntegerRule): # the update itself, in integers; -> the vectors
         p.leaf = None
     return vectors
 
+# %% ../nbs/60_optim.ipynb #q005
 @patch
 def load_state_dict(self:IntegerRule,
     state:dict # as `state_dict` made it
@@ -274,8 +282,8 @@ def load_state_dict(self:IntegerRule,
 
 def _copied(x, device):
     if isinstance(x, Tensor): return x.to(device, copy=True)
-    if isinstance(x, (list, dict)): return [_copied(v, device) for v in x] if isinstance(x, list) else {k: _copied(v, device) for k,v in x.items()}
-    return x
+    if isinstance(x, dict): return {k: _copied(v, device) for k,v in x.items()}
+    return [_copied(v, device) for v in x] if isinstance(x, list) else x
 
 # %% ../nbs/60_optim.ipynb #k8b06d6a
 def newton_schulz_exact(

@@ -66,6 +66,7 @@ def _sensible(cfg): # `cfg`, or ValueError about the first setting that cannot b
     demand('precision', cfg.precision in ('auto', 'fp32', 'bf16'), "choose 'auto', 'fp32' or 'bf16'")
     return cfg
 
+# %% ../nbs/63_train.ipynb #q102
 def _typed(f, v): # `v`, read from text if need be, checked against the annotation of the field `f`
     types = get_args(f.type) or (f.type,)              # `str|None` gives (str, NoneType)
     if v in ('None', 'none') and type(None) in types: v = None
@@ -168,6 +169,7 @@ def _sum_up(self:Trainer, loss): # over the workers: gradients, loss, and whethe
         self.stopped = stopped > 0
     return loss, math.hypot(torch.nn.utils.get_total_norm(floats).item(), *[o.norm() for o in rules])
 
+# %% ../nbs/63_train.ipynb #q101
 @patch
 def _backward(self:Trainer) -> float: # the micro-batches of this worker: gradients; -> their share of the mean loss
     cfg, total = self.cfg, 0.

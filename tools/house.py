@@ -125,8 +125,9 @@ def exported_cells(root):
 
 
 def _signatures(tree):
-    "How many lines docments add: a signature counts as one line, however many parameters stand on lines of their own"
-    return sum(d.body[0].lineno - d.lineno - 1 for d in ast.walk(tree) if isinstance(d, ast.FunctionDef) and d.body[0].lineno > d.lineno)
+    "How many lines docments add: a signature, or the fields of a class, count as one line, however many stand on lines of their own"
+    fields = sum(max(0, sum(isinstance(x, ast.AnnAssign) for x in d.body) - 1) for d in ast.walk(tree) if isinstance(d, ast.ClassDef))
+    return fields + sum(d.body[0].lineno - d.lineno - 1 for d in ast.walk(tree) if isinstance(d, ast.FunctionDef) and d.body[0].lineno > d.lineno)
 
 
 def _is_property(d): return any(k.arg == 'as_prop' for x in d.decorator_list if isinstance(x, ast.Call) for k in x.keywords)

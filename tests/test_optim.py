@@ -1,0 +1,180 @@
+"Rules that move integers: what they keep, what they refuse, and that they are integers"
+import math
+from copy import deepcopy
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from pi2nb.model import LM, LMConfig
+from pi2nb.optim import (CarrySnap, FloatCount, GhostVotes, IntegerRule, OPTIMIZERS, _bit_length, _pack4, _shift, _unpack4, make_optimizers,
+                         newton_schulz_exact, set_rate, split_params, static_bytes)
+from pi2nb.quantlinear import QuantLinear, frozen_copy, hold_integers
+
+GRID = dict(code='pi2-8', gate_code='pi2-8', embed_code='pi2-8')
+
+
+def model(seed=0, **kw):
+    torch.manual_seed(seed)
+    return LM(LMConfig(**dict(layout='GQA, CfC', dim=32, heads=2, kv_heads=1) | GRID | kw))
+
+
+def backward(lm, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 256, (2, 17), generator=g)
+    loss = nn.functional.cross_entropy(lm(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    return loss.item()
+
+
+def feed(p, g): # give an integer weight a gradient
+    p.leaf = torch.zeros(p.shape, requires_grad=True)
+    p.leaf.grad, p.top = g, 254
+
+
+@given(st.lists(st.integers(0, 2**31-1), min_size=1, max_size=20))
+def test_bit_length(xs): assert _bit_length(torch.tensor(xs, dtype=torch.int32)).tolist() == [x.bit_length() for x in xs]
+
+
+@given(st.integers(-2**28, 2**28), st.integers(1, 20))
+def test_shift_rounds_to_nearest(x, k): assert abs(_shift(torch.tensor(x), k).item() - x/2**k) <= .5
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.randoms())
+def test_nibbles(r, c, rnd):
+    x = torch.tensor([[rnd.randint(-8, 7) for _ in range(c)] for _ in range(r)], dtype=torch.int32)
+    assert torch.equal(_unpack4(_pack4(x), x.shape), x) and _pack4(x).numel() == math.ceil(r*c/2)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 20), st.integers(1, 20), st.floats(-12, 0), st.integers(0, 10**6))
+def test_normalised_gradient_does_not_depend_on_its_size(r, c, size, seed):
+    torch.manual_seed(seed)
+    w = hold_integers(QuantLinear(c, r, 'pi2-8')).weight
+    g, rule = torch.randn(r, c)*10**size, IntegerRule([w], lr=1., clip=4)
+    for _ in range(8):                                                 # the exponent finds its place
+        feed(w, g.clone())
+        rule.gather()
+        state = rule.state[w]
+        v = rule._normalised(state.pop('sum'), state, 4)
+    a = g.abs()
+    want = (g*a.mean()/(a.mean(1, keepdim=True)*a.mean(0))).clamp(-4, 4)
+    assert (v/256 - want).abs().max() < .2                              # the means began coarse
+    assert v.dtype == torch.int32
+
+
+@pytest.mark.parametrize('bits', [8, 4, 0])
+def test_nothing_is_lost(bits):
+    w = hold_integers(QuantLinear(6, 5, 'pi2-8')).weight
+    w.fill_(200)
+    rule = CarrySnap([w], lr=.013, momentum=0, carry=bits)
+    for _ in range(3000):
+        feed(w, torch.full((5, 6), .5))
+        rule.step()
+    gone = 200 - w.int() - (0 if not bits else (_unpack4(rule.state[w]['carry'], w.shape) if bits == 4 else rule.state[w]['carry'])/2**bits)
+    assert (gone - 3000*.013).abs().max() < (5 if not bits else 5/2**bits + .2)
+
+
+@pytest.mark.parametrize('rule', [CarrySnap, GhostVotes])
+def test_ends_of_the_grid_hold(rule):
+    w = hold_integers(QuantLinear(4, 4, 'pi2-8')).weight
+    for value, sign in ((254, -1.), (0, 1.)):
+        w.fill_(value)
+        opt = rule([w], lr=50.)
+        for _ in range(5): feed(w, torch.full((4, 4), sign)); opt.step()
+        assert (w == value).all()
+
+
+@pytest.mark.parametrize('name', ['carry', 'votes'])
+def test_learns_and_goes_through_state_dict(name):
+    lm = model()
+    rule, = make_optimizers(lm, name, 1., 2.)
+    losses = []
+    for i in range(12): losses.append(backward(lm)); rule.step()
+    assert losses[-1] < losses[0] - .5
+    twin = model(1)
+    other, = make_optimizers(twin, name, 1., 2.)
+    twin.load_state_dict(lm.state_dict())
+    other.load_state_dict(deepcopy(rule.state_dict()))
+    for i in range(3): backward(lm, i), rule.step(), backward(twin, i), other.step()
+    for a, b in zip(lm.parameters(), twin.parameters()): assert torch.equal(a, b)
+    assert all(not t.is_floating_point() for s in rule.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+
+
+def test_a_file_can_learn_on():
+    lm = model()
+    rule, = make_optimizers(lm, 'carry', 1., 2.)
+    for i in range(3): backward(lm, i), rule.step()
+    ice, ids = frozen_copy(lm), torch.arange(20)[None]
+    again, = make_optimizers(ice, 'carry', 1., 2.)
+    assert torch.equal(ice(ids)[0], lm(ids)[0])
+    for a, b in zip(ice.parameters(), lm.parameters()): assert torch.equal(a, b)
+    backward(ice), again.step()
+
+
+def test_tied_weights_move_once_and_together():
+    lm = model(tied=True)
+    rule, = make_optimizers(lm, 'votes', 1., 1.)
+    assert lm.embed.weight is lm.head.weight and lm.embed.weight.dtype == torch.uint8
+    backward(lm), rule.step()
+    x = torch.arange(5)[None]
+    assert torch.equal(frozen_copy(lm)(x)[0], lm(x)[0])
+
+
+def test_zero_gradient_moves_nothing_for_ever():
+    w = hold_integers(QuantLinear(4, 4, 'pi2-8')).weight
+    before, rule = w.clone(), GhostVotes([w])
+    for _ in range(40): feed(w, torch.zeros(4, 4)); rule.step()
+    assert torch.equal(w, before) and abs(rule.state[w]['exponent']) <= 60
+
+
+def test_refusals():
+    w = hold_integers(QuantLinear(4, 4, 'pi2-8')).weight
+    with pytest.raises(ValueError, match='hold_integers'): CarrySnap([nn.Parameter(torch.zeros(3, 3))])
+    with pytest.raises(ValueError, match='8, 4 or 0'): CarrySnap([w], carry=3)
+    with pytest.raises(ValueError, match='momentum'): CarrySnap([w], momentum=1.)
+    with pytest.raises(ValueError, match='unknown optimizer'): make_optimizers(nn.Linear(2, 2), 'adam')
+    for bad in (math.nan, math.inf):
+        g = torch.ones(4, 4); g[1, 2] = bad
+        feed(w, g)
+        with pytest.raises(ValueError, match='NaN or infinity'): CarrySnap([w]).step()
+    with pytest.raises(ValueError, match='turns weights'): make_optimizers(model(code='q2-hadamard'), 'carry', 1., 1.)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 10**6))
+def test_exact_newton_schulz_does_not_depend_on_order(r, c, seed):
+    g = torch.Generator().manual_seed(seed)
+    t = torch.randint(-5000, 5000, (r, c), generator=g)
+    i, j = torch.randperm(r, generator=g), torch.randperm(c, generator=g)
+    u = newton_schulz_exact(t)
+    assert torch.equal(newton_schulz_exact(t[i][:, j]), u[i][:, j])
+    assert r == c or torch.equal(newton_schulz_exact(t.T), u.T)         # a square is multiplied from the left
+    assert newton_schulz_exact(torch.zeros(r, c).int()).count_nonzero() == 0
+
+
+def test_counts_and_bytes():
+    lm = model(dim=128)
+    rule, = make_optimizers(lm, 'votes', 1., 1.)
+    for i in range(2):
+        backward(lm, i)
+        rule.gather()
+        with FloatCount() as c: rule._advance()
+    assert not c.ops and 3 < static_bytes(lm, [rule])/lm.n_params() < 4
+    with FloatCount() as c: torch.ones(3)*2
+    assert c.ops['aten::mul'] == 1
+    lm = model(dim=128)
+    rule, = make_optimizers(lm, 'carry', 1., 1.)
+    backward(lm), rule.step()
+    assert static_bytes(lm, [rule])/lm.n_params() < 3
+
+
+def test_schedule_and_registry():
+    assert {'muon', 'adamw', 'carry', 'votes'} <= OPTIMIZERS.keys()
+    lm = model()
+    rule, = make_optimizers(lm, 'carry', 1., 2.)
+    set_rate([rule], .25)
+    assert [g['lr'] for g in rule.param_groups] == [.25, .5]
+    mats, rest = split_params(lm)
+    assert [len(g['params']) for g in rule.param_groups] == [len(mats), len(rest)]
+    sched = torch.optim.lr_scheduler.LinearLR(rule, 1., .5, 2)       # torch's own schedulers too
+    backward(lm), rule.step(), sched.step()
+    assert rule.param_groups[0]['lr'] < .25
