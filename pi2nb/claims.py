@@ -186,9 +186,16 @@ def _(): # the document's rate and start, on a table of logits for each byte
 
 claim('π/2 training', 'no Adam, no momentum is needed', 'open: 60')
 claim('π/2 training', 'no random rounding is needed', 'open: 60')
-claim('π/2 training', 'two models at different phases interleave', 'open: 63', '01_rotation')
 
 # %% ../nbs/73_claims.ipynb #c100
+@claim('π/2 training', 'two models at different phases interleave', 'does not hold', '01_rotation 65_interleave')
+def _(): # untouched they would have to match A alone, healed to match A after the same steps; the pair of the document, and others
+    runs, turned = _runs('65_interleave.json'), ('own | document', 'own | built in', 'same | document', 'same | built in')
+    alone, go = (mean(r['arms']['A goes on'][k] for r in runs) for k in ('alone', 'healed'))
+    plain, healed = ({a: mean(r['arms'][a][k] for r in runs) for a in turned} for k in ('untouched', 'healed'))
+    return (min(plain.values()) <= alone, min(healed.values()) <= go), (f'A alone {alone:.2f} bits per byte, merged '
+        f'{plain[turned[0]]:.2f}; 100 steps later {go:.2f} and {healed[turned[0]]:.2f}; turn built in {healed[turned[1]]:.2f}, one start for both {healed[turned[3]]:.2f}')
+
 @claim('π/2 training', 'a pretrained model rounded to π/2 loses nothing', 'holds if 8 bits a weight are kept', '64_pretrained')
 def _():
     d = _runs('64_rounding.json', 'models')
