@@ -42,7 +42,7 @@ def turn_embedding(
 _SMALL = dict(name='dense', code='pi2-8', embed_code='pi2-8', layout='GQA*3', dim=64, heads=4, kv_heads=2,
               window=128, context=128, batch=16, precision='fp32')
 _MOST = dict(valid=2**15, test=None) # bytes to score
-_RATES = 'muon_lr', 'adam_lr' # the settings that a factor on the learning rate changes
+_RATES = 'lr', 'rest_lr' # the settings that a factor on the learning rate changes
 
 def _run(corpus, settings, seed, steps, start=None, turn=None, fixed=(), rate=1.): # -> a Trainer after its last step
     cfg = configure(**settings, seed=seed, steps=steps)

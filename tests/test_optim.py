@@ -57,7 +57,7 @@ def test_normalised_gradient_does_not_depend_on_its_size(r, c, size, seed):
         v = rule._normalised(state.pop('sum'), state, 4)
     a = g.abs()
     want = (g*a.mean()/(a.mean(1, keepdim=True)*a.mean(0))).clamp(-4, 4)
-    assert (v/256 - want).abs().max() < .2                              # the means began coarse
+    assert ((v/256 - want).abs() < .05 + .2*want.abs()).all()          # the means began coarse
     assert v.dtype == torch.int32
 
 
