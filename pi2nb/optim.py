@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'newton_schulz', 'Muon', 'split_params', 'register_optimizer', 'make_optimizers', 'trapezoid',
-           'set_rate', 'IntegerRule', 'newton_schulz_exact', 'CarrySnap', 'GhostVotes', 'FloatCount', 'static_bytes']
+           'set_rate', 'IntegerRule', 'integer_matmul', 'integer_newton_schulz', 'CarrySnap', 'GhostVotes',
+           'FloatCount', 'static_bytes']
 
 # %% ../nbs/60_optim.ipynb #c002
 from math import isqrt
 import torch
 import torch.distributed as dist
 from torch import nn, Tensor
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastcore.basics import patch
 from .quantlinear import QuantLinear, hold_integers
@@ -199,7 +201,7 @@ def norm(self:IntegerRule) -> float:
     return torch.stack(parts).sum().sqrt().item() if parts else 0.
 
 # %% ../nbs/60_optim.ipynb #k0faa633
-def _shift(x, k): return (x + (1 << k-1)) >> k                          # division by 2^k, to the nearest
+def _shift(x, k): return (x + (1 << k-1)).bitwise_right_shift_(k)      # division by 2^k, to the nearest
 def _turn(x, k): return torch.where(k >= 0, x << k.clamp(min=0), x >> (-k).clamp(min=0)) # times 2^k
 def _bit_length(x):
     n = torch.zeros_like(x)
@@ -286,18 +288,35 @@ def _copied(x, device):
     return [_copied(v, device) for v in x] if isinstance(x, list) else x
 
 # %% ../nbs/60_optim.ipynb #k8b06d6a
-def newton_schulz_exact(
-    t:Tensor,      # integers [rows, cols], below 2^24
+def _halves(x, dim, pad): # numbers below 2^14 as 128*high + low, a byte each, one after the other
+    x = F.pad(x.short(), pad) + 64
+    return torch.cat([(x >> 7).to(torch.int8), x.bitwise_and_(127).sub_(64).to(torch.int8)], dim)
+
+def integer_matmul(
+    a:Tensor, # integers [rows, n], below 2^14 - 128 in size
+    b:Tensor  # integers [n, cols], likewise
+) -> Tensor:  # int32 [rows, cols], the exact product modulo 2^32
+    "Matrix product of 15-bit integers by products of bytes, which have instructions of their own"
+    (r, k), c = a.shape, b.shape[1]
+    pr, pk, pc = (max(24, n + -n % 8) - n for n in (r, k, c))            # sizes that a GPU takes
+    p = torch._int_mm(_halves(a, 0, (0, pk, 0, pr)), _halves(b, 1, (0, pc, 0, pk)))
+    (hh, hl), (lh, ll) = (q.split(c+pc, 1) for q in p.split(r+pr))
+    return hh.mul_(128).add_(hl).add_(lh).mul_(128).add_(ll)[:r, :c]
+
+# %% ../nbs/60_optim.ipynb #s001
+def integer_newton_schulz(
+    t:Tensor,      # int32 [rows, cols], below 2^12 in size
     steps:int = 3  # iterations
 ) -> Tensor:       # int32 [rows, cols], near orthogonal times 256*sqrt(larger side): usual size 256
-    "`newton_schulz` with entries in units of 2^-20: the same bits on every machine and in every order of summation"
-    x = (t.mT if (tall := t.shape[0] > t.shape[1]) else t).double()
-    x = (x*2**20/x.square().sum().sqrt().clamp(min=1)).round()
+    "`newton_schulz` in integers: the iterate in units of 2^-20, its products in 2^-13; no sum depends on its order"
+    x = t.mT.contiguous() if (tall := t.shape[0] > t.shape[1]) else t
+    x = _shift(x*((1 << 30)//max(1, isqrt(int(x.square().sum(dtype=torch.int64))))), 10)
     for _ in range(steps):
-        m = (x@x.mT*2**-20).round()
-        b = ((2080*(m@m*2**-20).round() - 4890*m)*2**-10).round()        # 2.0315 and 4.7750 in 1024ths
-        x = (3527*2**-10*x + b@x*2**-20).round()                         # 3.4445
-    x = (x*(isqrt(max(x.shape) << 16)*2**-20)).round().int()
+        y = _shift(x, 7)
+        m = _shift(integer_matmul(y, y.mT), 13)
+        b = _shift(2080*_shift(integer_matmul(m, m), 13) - 4890*m, 12)     # 2.0315 and 4.7750, in 1024ths
+        x = _shift(x*455, 10).add_(x, alpha=3).add_(_shift(integer_matmul(b, y), 4))     # 3.4445 = 3 + 455/1024
+    x = _shift(_shift(x, 6).mul_(isqrt(max(x.shape) << 16)), 14)
     return x.mT if tall else x
 
 # %% ../nbs/60_optim.ipynb #kb0afc74
@@ -323,7 +342,7 @@ class CarrySnap(IntegerRule):
             t = _shift(m*(8*b) + v*(256-b), 8)                           # the mean, in 256ths; kept in 32nds
             st['momentum'] = (t + ordered_dither(t.shape, gr['step']+7, 3, t.device) >> 3).clamp_(-127, 127).to(torch.int8)
             v = _shift(t*b + v*(256-b), 8)
-        return newton_schulz_exact(v) if gr['orthogonal'] else v
+        return integer_newton_schulz(v) if gr['orthogonal'] else v
 
 # %% ../nbs/60_optim.ipynb #k2502a7b
 def _pack4(x): # int32 -8..7 [rows, cols] -> two to a byte
