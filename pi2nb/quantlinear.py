@@ -272,7 +272,7 @@ def _leaf(self:CodedWeight): # the numbers that the symbols stand for, where aut
     if leaf is None or w.version != w._version or leaf.device != w.device:
         with torch.inference_mode(False), torch.no_grad():
             leaf = self.coded().decode().requires_grad_()
-        w.leaf, w.version, w.top = leaf, w._version, len(self.code.levels)-1
+        w.leaf, w.version, w.low, w.top = leaf, w._version, 0, len(self.code.levels)-1
     return leaf
 
 # %% ../nbs/11_quantlinear.ipynb #i004
