@@ -225,6 +225,7 @@ def coded_state(
             if not _alike(owner, layer): raise ValueError(f'{name} shares its weight with {first}, in another code or scale')
             state[name] = first
             continue
+        if layer is None and not p.is_floating_point(): raise ValueError(f'{name} holds integers of no code; store its floats, see to_float')
         if isinstance(p, Tensor) and not p.isfinite().all():
             raise ValueError(f'{name} holds NaN or infinity; go back to the last good checkpoint')
         state[name] = layer.coded() if layer else p.detach().float().cpu().clone()

@@ -7,6 +7,7 @@ from torch import nn
 
 from pi2nb.ghost import (GhostLinear, GhostQuantFunction, apply_votes, cast_votes, gradient_units, inject_noise, manifold, nearest_index,
                          ordered_dither)
+from pi2nb.quantlinear import coded_state
 
 LOW, TOP = -32768, 32767
 kinds = pytest.mark.parametrize('kind', ['linear', 'prime'])
@@ -168,6 +169,8 @@ def test_layer_copies_loads_and_changes_type(kind):
     other.load_state_dict(m.state_dict())
     assert torch.equal(other(x), y) and set(m.state_dict()) == {'weight', 'scale', 'bias'}
     assert torch.equal(m.to_float()(x), y)
+    coded_state(m.to_float())
+    with pytest.raises(ValueError, match='weight holds integers'): coded_state(m)  # a file of bare indices would mean nothing
     with pytest.raises(ValueError, match='from_float'): m.load_state_dict(nn.Linear(10, 4).state_dict())
 
 
