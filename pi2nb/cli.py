@@ -60,6 +60,15 @@ def _rates(name, lr): # both rates, in the recipe's proportion
     return {} if lr is None else dict(lr=lr, rest_lr=c.rest_lr*lr/c.lr)
 
 # %% ../nbs/70_cli.ipynb #q201
+def _twin(cfg, out): # settings of the float32 twin; ValueError if its folder holds another run
+    from pi2nb.train import saved_config, twin_of
+    other = twin_of(cfg)
+    if (out/'twin'/'checkpoint.pt').exists():
+        there = saved_config(out/'twin')
+        if there != replace(other, precision=there.precision):
+            raise ValueError(f'{out}/twin holds a run with other settings; move it away')
+    return other
+
 def _start_or_resume(resume_it, cfg, out, corpus, device, only=None): # -> report of the finished run
     from pi2nb.train import resume, train
     if not resume_it: return train(cfg, out, corpus, device or 'auto', only=only)
@@ -95,7 +104,7 @@ def train(
     changes:Annotated[list[str], typer.Option('--set', help='any other setting, as key=value; may be repeated')] = []
 ):
     "Train a model, pack it, prove the file, and read what it writes."
-    from pi2nb.train import check_new, configure, saved_config, twin_of
+    from pi2nb.train import check_new, configure, saved_config
     options = dict(data=data, steps=steps, minutes=minutes, seed=seed)
     name, told = recipe or 'q2', _pairs(changes)
     given = {k: v for k,v in options.items() if v is not None} | _shape(name, dim, layers, heads) | _rates(name, lr) | told
@@ -107,12 +116,7 @@ def train(
     if steps and minutes: raise ValueError('give --steps or --minutes, not both')
     cfg = saved_config(out) if resume else configure(name, **given)
     if not resume: check_new(out)
-    other = twin_of(cfg) if twin else None
-    if other and (out/'twin'/'checkpoint.pt').exists():
-        there = saved_config(out/'twin')
-        if there != replace(other, precision=there.precision):
-            raise ValueError(f'{out}/twin holds a run with other settings; move it away')
-    _train(cfg, out, device, resume, other)
+    _train(cfg, out, device, resume, _twin(cfg, out) if twin else None)
 
 # %% ../nbs/70_cli.ipynb #c011
 def _train(cfg, out, device, resume, twin): # twin: the settings of the float32 twin, or None
