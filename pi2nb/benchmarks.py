@@ -9,10 +9,10 @@ __all__ = ['environment', 'write_record', 'read_runs', 'run_grid', 'at_best_rate
 import hashlib, json, os, platform, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 import torch
 import pi2nb
-from .governor import DeadRun
 from .train import Trainer, configure
 from .q2bn import write_atomic
 
@@ -43,8 +43,8 @@ def _grid_job(changes): # one run of a grid
     with tempfile.TemporaryDirectory() as d:
         t = Trainer(configure(**changes), d)
         try: t.fit(show=False)
-        except DeadRun as e: return dict(commit=environment()['commit'], settings=asdict(t.cfg), dead=str(e), seconds=t.elapsed,
-            text=t.corpus.sha256(), train=[(r['step'], r['bpb']) for r in t.rows], valid=[(t.step, t.evaluate())])
+        except ValueError as e: return dict(commit=environment()['commit'], settings=asdict(t.cfg), dead=str(e), seconds=t.elapsed,
+            text=t.corpus.sha256(), train=[(r['step'], r['bpb']) for r in t.rows], valid=[(t.step, inf)])
         t.lm.float()                                                   # a peer may have trained in bfloat16
         rep = t.finish(only=())
         sha256 = hashlib.sha256((Path(d)/'model.q2bin').read_bytes()).hexdigest()

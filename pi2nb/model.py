@@ -182,7 +182,7 @@ _GRID = _SHAPE | dict(code='pi2-8', gate_code='pi2-8', embed_code='pi2-8')
 register_recipe(Recipe('pi2', 'integers times π/2 that learn by carry-and-snap: no shadow, no chance, the same file on any number of workers',
     _GRID, dict(optimizer='carry', lr=1., rest_lr=4., micro=4)))
 register_recipe(Recipe('ghost', 'integers that learn by counting votes: no float between gradient and weight; as repeatable as pi2',
-    _GRID, dict(optimizer='votes', lr=1.5, rest_lr=1.5, micro=4)));
+    _GRID, dict(optimizer='votes', lr=1., rest_lr=4., micro=4)));
 
 # %% ../nbs/41_model.ipynb #c028
 @torch.no_grad()

@@ -8,6 +8,7 @@ __all__ = ['OPTIMIZERS', 'newton_schulz', 'Muon', 'split_params', 'register_opti
            'FloatCount', 'static_bytes']
 
 # %% ../nbs/60_optim.ipynb #c002
+from functools import lru_cache
 from math import isqrt
 import torch
 import torch.distributed as dist
@@ -142,15 +143,17 @@ def set_rate(
 # %% ../nbs/60_optim.ipynb #k54d7dd4
 class IntegerRule(torch.optim.Optimizer):
     "Base of the rules that move integers; raises ValueError on a float matrix, which has to be held in integers first"
+    watch, reduced, moves = False, False, {}                             # `watch` asks for a count of the moves
     def __init__(self,
         params,    # uint8 or int16 weights as layers hold them, and float32 vectors, which are kept in fixed point
         **defaults # settings of the rule
     ):
         super().__init__(params, defaults | dict(step=0))
-        self.moves, self.watch, self.reduced = {}, False, False          # what `watch` asks to be counted
         for p, _, _ in self._items():
-            if p.dtype not in (torch.uint8, torch.int16) and not (p.dtype == torch.float32 and p.ndim < 2):
-                raise ValueError(f'a parameter of shape {tuple(p.shape)} is {p.dtype}; call hold_integers(model) first')
+            if p.dtype == torch.float32 and p.ndim < 2: p.requires_grad_()
+            elif p.dtype not in (torch.uint8, torch.int16):
+                raise ValueError(f'a parameter of shape {tuple(p.shape)} is {p.dtype}; give every layer a code such as pi2-8 and call '
+                                 'hold_integers(model) first, and keep vectors in float32')
 
     def _items(self):
         for gr in self.param_groups:
@@ -161,6 +164,7 @@ class IntegerRule(torch.optim.Optimizer):
             leaf = _leaf(p)
             if leaf is not None: leaf.grad = None
             st.pop('sum', None)
+        self.reduced = False
 
 def _leaf(p): return p if p.is_floating_point() else getattr(p, 'leaf', None)
 def _matrix(p): return p.view(1, -1) if p.ndim < 2 else p.view(p.shape[0], -1)
@@ -178,7 +182,8 @@ def gather(self:IntegerRule):
         g = (_matrix(leaf.grad).float()*scale).round_().clamp_(-2**26, 2**26).int()
         st['sum'] = st['sum'].add_(g) if 'sum' in st else g
         leaf.grad = None
-    self.reduced &= not have
+    for p, _, st in self._items():
+        if p.is_floating_point(): st['fixed'] = (_matrix(p)*2**16).round().int()
 
 # %% ../nbs/60_optim.ipynb #q003
 @patch
@@ -186,12 +191,14 @@ def gather(self:IntegerRule):
 def reduce(self:IntegerRule):
     "Add up what all workers of `torch.distributed` have gathered; integers, so the order does not matter"
     if self.reduced or not (dist.is_initialized() and dist.get_world_size() > 1): return
-    self.reduced, sums = True, []
-    for p, _, st in self._items():
+    self.reduced, items = True, [(p, st) for p,_,st in self._items()]
+    sums = [st.get('sum', torch.zeros_like(_matrix(p), dtype=torch.int32)) for p,st in items]
+    have = torch.tensor(['sum' in st for _,st in items], dtype=torch.int32, device=sums[0].device)
+    dist.all_reduce(flat := torch.cat([have] + [s.flatten() for s in sums]))
+    have, *parts = flat.split([len(sums)] + [s.numel() for s in sums])
+    for (p, st), s, f, n in zip(items, sums, parts, have.tolist()):
+        if n: st['sum'] = f.view(s.shape)                              # somebody has a gradient for it
         st.setdefault('exponent', 20)
-        sums.append(st.setdefault('sum', torch.zeros_like(_matrix(p), dtype=torch.int32)))
-    dist.all_reduce(flat := torch.cat([s.flatten() for s in sums]))
-    for s, f in zip(sums, flat.split([s.numel() for s in sums])): s.copy_(f.view(s.shape))
 
 @patch
 @torch.no_grad()
@@ -202,7 +209,10 @@ def norm(self:IntegerRule) -> float:
 
 # %% ../nbs/60_optim.ipynb #k0faa633
 def _shift(x, k): return (x + (1 << k-1)).bitwise_right_shift_(k)      # division by 2^k, to the nearest
-def _turn(x, k): return torch.where(k >= 0, x << k.clamp(min=0), x >> (-k).clamp(min=0)) # times 2^k
+def _turn(x, k): # times 2^k, to the nearest
+    left, right = k.clamp(min=0), (-k).clamp(min=0)
+    return torch.where(k >= 0, x << left, x + (torch.ones_like(right) << right >> 1) >> right)
+
 def _bit_length(x):
     n = torch.zeros_like(x)
     for k in (16, 8, 4, 2, 1):
@@ -236,7 +246,7 @@ def _follow(self:IntegerRule, st, bits): # keep the mean gradient near 2^12, so 
     b = bits - 20
     if abs(b) < 2 or not -60 < st['exponent'] - b < 60: return
     st['exponent'] -= b
-    if not 10 <= bits <= 27: del st['means']                           # far off: these means are worth nothing
+    if not 12 <= bits <= 27: del st['means']                           # far off: these means are worth nothing
     else:
         for s in st['means']: s.copy_(s >> b if b > 0 else s.clamp(max=2**30 >> -b) << -b)
 
@@ -248,6 +258,7 @@ def step(self:IntegerRule):
     self.gather()
     self.reduce()
     self._publish(self._advance())
+    self.reduced = False
 
 @patch
 @torch.no_grad()
@@ -261,11 +272,9 @@ def _advance(self:IntegerRule): # the update itself, in integers; -> the vectors
     vectors, self.moves = [], {}
     for p, gr, st in self._items():
         if 'sum' not in st: continue
-        if p.is_floating_point() and 'fixed' not in st: st['fixed'] = (_matrix(p)*2**16).round().int()
         v, rate = self._normalised(st.pop('sum'), st, gr['clip']), round(gr['lr']*st.get('gear', 1)*4096)
         if p.is_floating_point():
-            st['fixed'] -= _shift(v*rate, 10)                          # one step of the grid is 2^-6 here
-            vectors.append((p, st['fixed']))
+            vectors.append((p, st.pop('fixed') - _shift(v*rate, 10)))  # one step of the grid is 2^-6 here
             continue
         moved = self._move(_matrix(p), v, rate, st, gr, getattr(p, 'low', 0), p.top)
         if self.watch: self.moves[p] = moved.count_nonzero(), moved.abs().sum()
@@ -292,6 +301,11 @@ def _halves(x, dim, pad): # numbers below 2^14 as 128*high + low, a byte each, o
     x = F.pad(x.short(), pad) + 64
     return torch.cat([(x >> 7).to(torch.int8), x.bitwise_and_(127).sub_(64).to(torch.int8)], dim)
 
+@lru_cache
+def _exact_bytes(device): # does this device add up products of bytes in 32 bits? older processors saturate at 16
+    x = torch.full((64, 64), 127, dtype=torch.int8, device=device)
+    return bool((torch._int_mm(x, x) == 64*127**2).all())
+
 def integer_matmul(
     a:Tensor, # integers [rows, n], below 2^14 - 128 in size
     b:Tensor  # integers [n, cols], likewise
@@ -299,6 +313,7 @@ def integer_matmul(
     "Matrix product of 15-bit integers by products of bytes, which have instructions of their own"
     (r, k), c = a.shape, b.shape[1]
     pr, pk, pc = (max(24, n + -n % 8) - n for n in (r, k, c))            # sizes that a GPU takes
+    if not _exact_bytes(a.device): return (a.double()@b.double()).long().int()     # exact too: below 2^53
     p = torch._int_mm(_halves(a, 0, (0, pk, 0, pr)), _halves(b, 1, (0, pc, 0, pk)))
     (hh, hl), (lh, ll) = (q.split(c+pc, 1) for q in p.split(r+pr))
     return hh.mul_(128).add_(hl).add_(lh).mul_(128).add_(ll)[:r, :c]
@@ -310,7 +325,7 @@ def integer_newton_schulz(
 ) -> Tensor:       # int32 [rows, cols], near orthogonal times 256*sqrt(larger side): usual size 256
     "`newton_schulz` in integers: the iterate in units of 2^-20, its products in 2^-13; no sum depends on its order"
     x = t.mT.contiguous() if (tall := t.shape[0] > t.shape[1]) else t
-    x = _shift(x*((1 << 30)//max(1, isqrt(int(x.square().sum(dtype=torch.int64))))), 10)
+    x = _shift(x*((1 << 38)//max(256, isqrt(int(x.square().sum(dtype=torch.int64)) << 16))), 10)
     for _ in range(steps):
         y = _shift(x, 7)
         m = _shift(integer_matmul(y, y.mT), 13)
@@ -355,7 +370,8 @@ def _unpack4(b, shape):
 
 @patch
 def _move(self:CarrySnap, z, v, rate, st, gr, low, top): # -> how far each integer moved
-    d, bits = _shift(self._direction(v, st, gr)*rate, 4).neg_(), gr['carry']  # in 2^-16 of a step
+    bits, most = gr['carry'], (2**31 - 9)//max(rate, 1)
+    d = _shift(self._direction(v, st, gr).clamp(-most, most)*rate, 4).neg_()  # in 2^-16 of a step
     d = d + ordered_dither(d.shape, gr['step'], 16-bits, d.device) >> 16-bits # in 2^-bits of a step
     if bits:
         if 'carry' in st: d += _unpack4(st['carry'], d.shape) if bits == 4 else st['carry']
@@ -371,7 +387,7 @@ class GhostVotes(IntegerRule):
     "Integer weights moved by integer votes: no float touches weight, votes or threshold; source: the Ghost document, repaired"
     def __init__(self,
         params,               # as `IntegerRule` takes them
-        lr:float = 1.,        # steps of the grid for sixteen votes
+        lr:float = 1.,        # steps of the grid for sixteen votes, at most 16
         weighted:bool = True, # votes of a size; False: one vote where the gradient is large enough
         clip:int = 4          # the largest normalised gradient
     ):
@@ -380,7 +396,7 @@ class GhostVotes(IntegerRule):
     def _move(self, z, v, rate, st, gr, low, top):
         votes = st.setdefault('votes', torch.zeros_like(v, dtype=torch.int16))
         votes += cast_votes(v, gr['step'], gr['weighted'])
-        return apply_votes(z, votes, max(1, (16 << 12)//max(rate, 4)), low, top)
+        return apply_votes(z, votes, max(1, (16 << 12)//rate), low, top) if rate > 3 else torch.zeros_like(v)
 
 # %% ../nbs/60_optim.ipynb #kdd6f6c5
 @register_optimizer('carry')

@@ -75,14 +75,18 @@ class CodedWeight:
     def coded(self) -> Coded:
         "The weights as they are stored; raises ValueError on what no code can hold"
         if self.weight.dtype != torch.uint8: return hold(self.weight, self.code, self.scale, self.gain)
-        return Coded(self.code, self.weight.reshape(matrix_shape(self.weight.shape)), self.scale, tuple(self.weight.shape))
+        return Coded(self.code, self.weight.detach().reshape(matrix_shape(self.weight.shape)).clone(), self.scale, tuple(self.weight.shape))
 
 # %% ../nbs/11_quantlinear.ipynb #c103
+def _retype(p, new): # a parameter takes other numbers, perhaps of another type; what was decoded from the old ones is void
+    p.requires_grad_(False).data, p.grad, p.leaf = new, None, None
+
 @patch
 def _load_from_state_dict(self:CodedWeight, state, prefix, *args): # a saved scale means frozen, none means learning
     s, w = state.get(prefix+'scale'), state.get(prefix+'weight')
     if w is not None and torch.uint8 in (w.dtype, self.weight.dtype) and w.dtype != self.weight.dtype:
-        self.weight.requires_grad_(False).data = self.weight.to(w.dtype)           # the layer takes the mode of what it loads
+        _retype(self.weight, self.weight.to(w.dtype))                              # the layer takes the mode of what it loads
+        self.weight.requires_grad_(w.is_floating_point() and s is None)
     if self.code is not None and w is not None and w.shape == self.weight.shape:
         if s is None: self.scale = None
         elif s.shape == self.code.scale_shape(*matrix_shape(w.shape)): self.scale = s.to(self.weight.device, torch.float16, copy=True)
@@ -252,7 +256,7 @@ def load_coded_state(
         if v.shape != p.shape:
             raise ValueError(f'{name} has shape {tuple(v.shape)} in the file and {tuple(p.shape)} in the model')
         new = v.decode() if isinstance(v, Coded) else v
-        if p.dtype == torch.uint8: p.data = new.to(p.device)
+        if p.dtype == torch.uint8: _retype(p, new.to(p.device))
         else: p.copy_(new)
         if isinstance(v, Coded) and layer:
             layer.scale = v.s.to(p.device)
@@ -291,14 +295,15 @@ def hold_integers(
     reach:float = 4. # the last level, in standard deviations of the matrix at the start
 ) -> nn.Module:      # the same module
     "Keep the symbols of every coded layer as its weight, uint8; raises ValueError on NaN, and on codes that turn weights or learn scales"
+    layers = {n: m for n,m in model.named_modules() if isinstance(m, CodedWeight) and m.code is not None}
+    if (odd := [n for n,m in layers.items() if m.code.rotation or m.gain is not None]):
+        raise ValueError(f'{odd[0] or "the layer"} is held in {layers[odd[0]].code.name}, which turns weights or learns scales; hold it in pi2-8 or int8')
     seen = {}                                                        # a shared weight is changed once
-    for name, m in model.named_modules():
-        if not isinstance(m, CodedWeight) or m.code is None or m.weight.dtype == torch.uint8 and id(m.weight) not in seen: continue
-        if m.code.rotation or m.gain is not None:
-            raise ValueError(f'{name or "the layer"} is held in {m.code.name}, which turns weights or learns scales; hold it in pi2-8 or int8')
+    for m in layers.values():
+        if m.weight.dtype == torch.uint8 and id(m.weight) not in seen: continue
         z, m.scale = seen.get(id(m.weight)) or _integers(m.weight, m.code, m.scale, reach)
         seen[id(m.weight)] = z, m.scale
-        m.weight.requires_grad_(False).data, m.weight.grad = z, None
+        _retype(m.weight, z)
     return model
 
 # %% ../nbs/11_quantlinear.ipynb #c038

@@ -24,7 +24,7 @@ from .model import LM, LMConfig, recipe
 from .sampler import Sampler, generate
 from .q2bn import save_model, load_model, write_atomic
 from .optim import OPTIMIZERS, make_optimizers, set_rate, trapezoid
-from .governor import DeadRunGuard
+from .governor import DeadRunGuard, TrainingGovernor, draw_flips
 from .evaluate import bits_per_byte, baselines, unigram_nats
 
 # %% ../nbs/63_train.ipynb #c006
@@ -44,6 +44,7 @@ class TrainConfig:
     rest_lr:float = 4e-3         # peak rate of embedding, head and vectors
     warmup:float = .03           # fraction of the run spent warming up
     cooldown:float = .6          # fraction of the run spent cooling down
+    governor:float|None = None   # flip rate to hold integer weights near, see chapter 61; None only counts
     precision:str = 'auto'       # of activations: 'fp32', 'bf16', or what the machine does best
     log_every:int = 10           # steps between lines in metrics.jsonl
     eval_every:int = 200         # steps between looks at the validation text
@@ -57,12 +58,13 @@ def _sensible(cfg): # `cfg`, or ValueError about the first setting that cannot b
         if not ok: raise ValueError(f'{k} is {getattr(cfg, k)!r}; {rule}')
     for k in ('steps', 'batch', 'context', 'log_every', 'eval_every', 'eval_bytes', 'save_every'):
         demand(k, 1 <= getattr(cfg, k) < 2**40, 'it must be at least 1, and of a sensible size')
-    for k, most in dict(lr=100, rest_lr=100, warmup=1, cooldown=1).items():
+    for k, most in dict(lr=64, rest_lr=64, warmup=1, cooldown=1).items():
         demand(k, 0 <= getattr(cfg, k) <= most, f'it must lie between 0 and {most}')
-    demand('micro', cfg.micro >= 1 and cfg.batch % cfg.micro == 0, f'it must divide the batch of {cfg.batch}')
+    demand('micro', 1 <= cfg.micro < 32 and cfg.batch % cfg.micro == 0, f'it must divide the batch of {cfg.batch}, and be below 32')
     demand('optimizer', cfg.optimizer in OPTIMIZERS, f'choose one of {", ".join(OPTIMIZERS)}')
     demand('minutes', cfg.minutes is None or 0 < cfg.minutes < 1e6, 'it must be above 0 and below a million')
     demand('seed', 0 <= cfg.seed < 2**32, 'it must lie between 0 and 2**32 - 1')
+    demand('governor', cfg.governor is None or 0 < cfg.governor < 1, 'it must be None, or lie between 0 and 1')
     demand('precision', cfg.precision in ('auto', 'fp32', 'bf16'), "choose 'auto', 'fp32' or 'bf16'")
     return cfg
 
@@ -97,7 +99,8 @@ def pick_device(
     name:str = 'auto' # 'auto', 'cpu', 'cuda' or any torch device
 ) -> torch.device:
     "The device to run on; raises ValueError if it is not there"
-    if name == 'auto': name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu'
+    several = int(os.environ.get('WORLD_SIZE', 1)) > 1
+    if name == 'auto' or several and name.startswith('cuda'): name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu'
     try: torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f'no device {name!r} on this machine; use --device auto') from None
@@ -119,6 +122,7 @@ def join_workers(
 ) -> tuple:             # (its number, how many there are)
     "Join the workers that torchrun has started: gloo on CPUs, NCCL on GPUs; (0, 1) where it has not"
     if 'WORLD_SIZE' not in os.environ: return 0, 1
+    if device.type == 'cuda': torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         atexit.register(dist.destroy_process_group)
@@ -145,9 +149,10 @@ class Trainer:
         self.lm = LM(recipe(cfg.recipe).config(**cfg.model, vocab=self.tok.vocab_size)).to(self.device)
         dtype = torch.bfloat16 if cfg.precision == 'bf16' else torch.float32
         self.opts = make_optimizers(self.lm, cfg.optimizer, cfg.lr, cfg.rest_lr, dtype)
-        self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram_nats(self.corpus.train))
+        self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram_nats(self.corpus.train), opts=self.opts)
+        self.governor = TrainingGovernor(self.lm, self.opts, cfg.governor)
         self.step, self.elapsed, self.rate = 0, 0., 0.
-        self.stopped, self.recent = False, []
+        self.stopped, self.asked, self.recent = False, False, []
 
 # %% ../nbs/63_train.ipynb #c017
 @patch(as_prop=True)
@@ -162,11 +167,12 @@ def _sum_up(self:Trainer, loss): # over the workers: gradients, loss, and whethe
     rules = [o for o in self.opts if hasattr(o, 'gather')]
     if self.world > 1:
         for o in rules: o.reduce()
-        flat = torch.cat([g.flatten() for g in floats] + [torch.tensor([loss, self.stopped], device=self.device)])
+        flat = torch.cat([g.flatten() for g in floats] + [torch.tensor([loss, self.asked], device=self.device)])
         dist.all_reduce(flat)
         for g, f in zip(floats, flat.split([g.numel() for g in floats] + [2])): g.copy_(f.view(g.shape))
         loss, stopped = flat[-2:].tolist()
-        self.stopped = stopped > 0
+        self.stopped = stopped > 0                                     # all of them stop after the same step
+    else: self.stopped |= self.asked
     return loss, math.hypot(torch.nn.utils.get_total_norm(floats).item(), *[o.norm() for o in rules])
 
 # %% ../nbs/63_train.ipynb #q101
@@ -193,6 +199,7 @@ def train_step(self:Trainer) -> tuple: # (loss in nats per token, gradient norm)
     loss, norm = self._sum_up(self._backward())
     self.guard.check(loss, norm, p)
     for o in self.opts: o.step()
+    self.governor.observe(self.rate)
     self.lm.zero_grad(set_to_none=True)
     self.step += 1
     return loss, norm
@@ -205,7 +212,8 @@ def save(self:Trainer):
     state = dict(cfg=asdict(self.cfg), corpus=self.corpus.sha256(),
                  device=str(self.device), threads=torch.get_num_threads(),
                  step=self.step, elapsed=self.elapsed, recent=self.recent, model=self.lm.state_dict(),
-                 opts=[o.state_dict() for o in self.opts], guard=self.guard.state_dict())
+                 opts=[o.state_dict() for o in self.opts], guard=self.guard.state_dict(),
+                 governor=self.governor.state_dict())
     self.out.mkdir(parents=True, exist_ok=True)
     torch.save(state, buf := io.BytesIO())
     write_atomic(self.out/'checkpoint.pt', buf.getvalue())
@@ -235,7 +243,7 @@ def twin_of(
     "The float32 twin of a run: same shape, same text, same steps"
     if cfg.recipe == 'dense':
         raise ValueError('the recipe dense is its own twin; train another recipe, or leave out --twin')
-    same = {k: v for k,v in asdict(cfg).items() if k not in ('recipe', 'model', 'optimizer', 'lr', 'rest_lr', 'micro')}
+    same = {k: v for k,v in asdict(cfg).items() if k not in ('recipe', 'model', 'optimizer', 'lr', 'rest_lr', 'governor')}
     shape = recipe(cfg.recipe).config(**cfg.model).to_dict()
     shape = {k: v for k,v in shape.items() if k != 'vocab' and not k.endswith('code')}
     return configure('dense', **same, **shape)
@@ -255,6 +263,7 @@ def resume(
     t.lm.load_state_dict(state['model'])
     for o,s in zip(t.opts, state['opts']): o.load_state_dict(s)
     t.guard.load_state_dict(state['guard'])
+    t.governor.load_state_dict(state.get('governor', {}))          # an older checkpoint has none
     t.step, t.elapsed, t.recent = state['step'], state['elapsed'], state['recent']
     return t
 
@@ -271,7 +280,7 @@ def _graceful(trainer): # SIGINT and SIGTERM ask the loop to stop after the curr
     def restore():
         for s,handler in old.items(): signal.signal(s, handler)
     def ask(*_):
-        trainer.stopped = True
+        trainer.asked = True
         restore()                                  # so that a second Ctrl-C is not held back
     for s in old: signal.signal(s, ask)
     try: yield
@@ -288,6 +297,7 @@ def log(self:Trainer,
                tokens_per_s=len(self.recent)*self.cfg.batch*self.cfg.context/seconds, elapsed=self.elapsed)
     if self.guard.changed: row['changed'] = sum(self.guard.changed.values())/len(self.guard.changed)
     if self.step % self.cfg.eval_every == 0 or self.progress >= 1: row['valid_bpb'] = self.evaluate()
+    row |= self.governor.report()
     self.rows.append(row)
     with open(self.out/'metrics.jsonl', 'a') as f: f.write(json.dumps(row)+'\n')
     return f"loss {row['loss']:.3f} nats = {row['bpb']:.3f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s"
@@ -323,7 +333,8 @@ def fit(self:Trainer,
 ):
     "Train to the end; raises `Interrupted` if asked to stop, `DeadRun` if nothing is learned"
     if not self.rank: self._open_log()
-    self.stopped, cfg, since = False, self.cfg, time.perf_counter()
+    self.stopped = self.asked = False
+    cfg, since = self.cfg, time.perf_counter()
     start = since - self.elapsed
     with _graceful(self), self._bar(show and not self.rank) as bar:
         while self.progress < 1 and not self.stopped:
@@ -378,13 +389,13 @@ def finish(self:Trainer,
 # %% ../nbs/63_train.ipynb #c040
 @patch
 def plot(self:Trainer, rep):
-    "DIR/loss.png: training and validation in bits per byte, with the baselines drawn in"
+    "DIR/loss.png: training and validation in bits per byte, with the baselines drawn in; below, the flips of integer weights"
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(7, 4), dpi=100)
-    ax = fig.subplots()
+    flips = any('flips' in r for r in self.rows)
+    ax, *below = Figure(figsize=(7, 4 + 3*flips), dpi=100).subplots(1 + flips, squeeze=False).flat
+    for b in below: draw_flips(b, self.rows)
     ax.plot([r['step'] for r in self.rows], [r['bpb'] for r in self.rows], lw=1, label='training')
-    seen = [(r['step'], r['valid_bpb']) for r in self.rows if 'valid_bpb' in r]
-    ax.plot(*zip(*seen), 'o-', label='validation, from a cold start')
+    ax.plot(*zip(*((r['step'], r['valid_bpb']) for r in self.rows if 'valid_bpb' in r)), 'o-', label='validation, from a cold start')
     ax.plot(self.step, rep['test_bpb'], '*', ms=12, label='test, from the file')
     labels = {}                                                        # place beside the axes -> names
     for name, v in sorted(rep['baselines'].items(), key=lambda b: b[1]):
@@ -394,7 +405,7 @@ def plot(self:Trainer, rep):
     for at, names in labels.items(): ax.text(1.01, at, names, fontsize=7, va='center', transform=ax.get_yaxis_transform())
     ax.set(xlabel='step', ylabel='bits per byte', title=f"{rep['recipe']} on {rep['corpus']}")
     ax.legend()
-    fig.savefig(buf := io.BytesIO(), format='png', bbox_inches='tight')
+    ax.figure.savefig(buf := io.BytesIO(), format='png', bbox_inches='tight')
     write_atomic(self.out/'loss.png', buf.getvalue())
 
 # %% ../nbs/63_train.ipynb #c042

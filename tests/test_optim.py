@@ -1,13 +1,14 @@
 "Rules that move integers: what they keep, what they refuse, and that they are integers"
-import math
+import math, os, subprocess, sys
 from copy import deepcopy
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from pi2nb.model import LM, LMConfig
-from pi2nb.optim import (CarrySnap, FloatCount, GhostVotes, IntegerRule, OPTIMIZERS, _bit_length, _pack4, _shift, _unpack4, make_optimizers,
-                         integer_newton_schulz, set_rate, split_params, static_bytes)
-from pi2nb.quantlinear import QuantLinear, frozen_copy, hold_integers
+from pi2nb.optim import (CarrySnap, FloatCount, GhostVotes, IntegerRule, OPTIMIZERS, _bit_length, _pack4, _shift, _unpack4, integer_matmul, integer_newton_schulz,
+                         make_optimizers, newton_schulz, set_rate, split_params, static_bytes)
+from pi2nb.ghost import GhostLinear
+from pi2nb.quantlinear import QuantLinear, coded_state, frozen_copy, hold_integers, load_coded_state
 
 GRID = dict(code='pi2-8', gate_code='pi2-8', embed_code='pi2-8')
 
@@ -178,3 +179,72 @@ def test_schedule_and_registry():
     sched = torch.optim.lr_scheduler.LinearLR(rule, 1., .5, 2)       # torch's own schedulers too
     backward(lm), rule.step(), sched.step()
     assert rule.param_groups[0]['lr'] < .25
+
+
+def test_exact_newton_schulz_is_newton_schulz():
+    g = torch.Generator().manual_seed(0)
+    for shape, size in (((1, 2), 1), ((1, 3), 1), ((3, 40), 2), ((40, 3), 900), ((64, 64), 1000)):
+        t = torch.randint(-size, size + 1, shape, generator=g, dtype=torch.int32)
+        t[0, 0] = size
+        want = newton_schulz(t.double())*256*max(shape)**.5
+        assert (integer_newton_schulz(t) - want).abs().max() < 12
+
+
+def test_a_processor_that_saturates_gets_exact_products(): # an old processor, as oneDNN would see it
+    code = ('import torch; from pi2nb.optim import integer_matmul; a = torch.randint(-16000, 16001, (64, 64), dtype=torch.int32);'
+            'assert torch.equal(integer_matmul(a, a.T), (a.long()@a.T.long()).int())')
+    subprocess.run([sys.executable, '-c', code], check=True, env=os.environ | dict(ONEDNN_MAX_CPU_ISA='AVX2'))
+
+
+def test_large_rates_do_not_wrap():
+    for orthogonal in (True, False):
+        w = hold_integers(QuantLinear(256, 256, 'pi2-8')).weight
+        w.fill_(127)
+        rule = CarrySnap([w], lr=64., orthogonal=orthogonal)
+        feed(w, torch.eye(256))
+        rule.step()
+        assert (w.diagonal() < 100).all()
+
+
+def test_rounding_has_no_bias():
+    w = hold_integers(QuantLinear(64, 64, 'pi2-8')).weight
+    rule, g = IntegerRule([w], lr=1., clip=4), torch.Generator().manual_seed(0)
+    total = 0
+    for _ in range(100):
+        x = (torch.randn(64, 64, generator=g)*2**12).int()
+        total = total + rule._normalised(x, dict(exponent=20), 4) + rule._normalised(-x, dict(exponent=20), 4)
+    assert abs(total.float().mean().item()/200) < .1  # of 256
+
+
+def test_a_rolled_back_layer_computes_with_what_was_loaded():
+    lm, x = model(), torch.arange(9)[None]
+    rule, = make_optimizers(lm, 'carry', 1., 2.)
+    best, want = coded_state(lm), lm(x)[0]
+    for i in range(3): backward(lm, i), rule.step()
+    assert not torch.equal(lm(x)[0], want)                             # and the snapshot has not moved with the model
+    hold_integers(load_coded_state(lm, best))
+    assert torch.equal(lm(x)[0], want)
+
+
+def test_a_loaded_model_trains_its_vectors():
+    ice = frozen_copy(hold_integers(model()))
+    rule, = make_optimizers(ice, 'votes', 1., 1.)
+    before = {n: p.detach().clone() for n, p in ice.named_parameters()}
+    for i in range(3): backward(ice, i), rule.step()
+    assert all(not torch.equal(p, before[n]) for n, p in ice.named_parameters() if p.is_floating_point())
+
+
+def test_votes_at_rate_zero_and_ghost_layers():
+    w = hold_integers(QuantLinear(4, 4, 'pi2-8')).weight
+    before, rule = w.clone(), GhostVotes([w], lr=0.)
+    for _ in range(50): feed(w, torch.ones(4, 4)); rule.step()
+    assert torch.equal(w, before)
+    for rule in (GhostVotes, CarrySnap): # 16-bit indices of chapter 13
+        layer = GhostLinear(8, 4)
+        x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+        opt, losses = rule([layer.weight], lr=16.), []
+        for _ in range(150):
+            loss = (layer(x) - x[:, :4]).square().mean()
+            loss.backward(), opt.step()
+            losses.append(loss.item())
+        assert losses[-1] < .7*losses[0]
