@@ -15,7 +15,7 @@ import typer
 
 # %% ../nbs/70_cli.ipynb #c005
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help='Train language models whose weights are 2-bit symbols, and use the one small file that comes out. '
+    help='Train language models whose weights lie on an exact grid, and use the one small file that comes out. '
          'Start with: pi2 train')
 
 File = Annotated[Path, typer.Argument(help='a .q2bin file', show_default=False)]
@@ -90,7 +90,7 @@ def train(
         help="number of layers: the recipe's layout, repeated or cut  [default: the recipe's]")] = None,
     heads:Annotated[Optional[int], typer.Option(min=1, help="attention heads; dim/heads must be even  [default: the recipe's]")] = None,
     lr:Annotated[Optional[float], typer.Option(min=0,
-        help="peak learning rate of the matrices; the other rate keeps its proportion  [default: the recipe's]")] = None,
+        help="peak rate of the matrices, in the recipe's unit (q2 .02; pi2 and ghost 1, in steps of the grid); the other rate keeps its proportion")] = None,
     output:Annotated[Optional[Path], typer.Option('--output', '-o',
         help='folder of the run  [default: runs/RECIPE]')] = None,
     seed:Annotated[Optional[int], typer.Option(min=0, max=2**32-1,
@@ -101,7 +101,7 @@ def train(
     device:Annotated[Optional[str], typer.Option(
         help="'auto', 'cpu', 'cuda', or another torch device  [default: auto, or where the run was]")] = None,
     gpu:Annotated[Optional[int], typer.Option(min=0, help='number of the GPU to use: the same as --device cuda:N')] = None,
-    changes:Annotated[list[str], typer.Option('--set', help='any other setting, as key=value; may be repeated')] = []
+    changes:Annotated[list[str], typer.Option('--set', help='any other setting, as key=value; may be repeated; a wrong key lists them all')] = []
 ):
     "Train a model, pack it, prove the file, and read what it writes."
     from pi2nb.train import check_new, configure, saved_config

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['manifold', 'nearest_index', 'ordered_dither', 'cast_votes', 'apply_votes', 'GhostQuantFunction', 'GhostLinear',
-           'gradient_units', 'inject_noise']
+           'gradient_units', 'inject_noise', 'FloatCount']
 
 # %% ../nbs/13_ghost.ipynb #c003
 from functools import lru_cache
 import numpy as np
 import torch
 from torch import nn, Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 import torch.nn.functional as F
 from fastcore.basics import patch
 
@@ -245,3 +247,17 @@ def inject_noise(
     most = torch.iinfo(votes.dtype).max
     noise = (ordered_dither(votes.shape, step, 16, votes.device)*(2*amplitude+1) >> 16) - amplitude
     return votes.copy_((votes + noise).clamp_(-most, most))
+
+# %% ../nbs/13_ghost.ipynb #u0fc
+class FloatCount(TorchDispatchMode):
+    "Counts the operations in its block that read or write a float tensor, by name: `with FloatCount() as c: ...; c.ops`"
+    def __enter__(self):
+        self.ops = {}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        seen = tree_leaves((args, kwargs, out))
+        if any(isinstance(t, Tensor) and t.is_floating_point() for t in seen):
+            self.ops[f._schema.name] = self.ops.get(f._schema.name, 0) + 1
+        return out

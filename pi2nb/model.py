@@ -179,7 +179,7 @@ register_recipe(Recipe('phase', 'complex weights: two stages of quarter turns on
     _SHAPE | dict(code='phase-2')))
 
 _GRID = _SHAPE | dict(code='pi2-8', gate_code='pi2-8', embed_code='pi2-8')
-register_recipe(Recipe('pi2', 'integers times π/2 that learn by carry-and-snap: no shadow, no chance, the same file on any number of workers',
+register_recipe(Recipe('pi2', 'integers times π/2 that learn by carry-and-snap: no shadow, no random rounding, the same file on 1 to 4 workers',
     _GRID, dict(optimizer='carry', lr=1., rest_lr=4., micro=4)))
 register_recipe(Recipe('ghost', 'integers that learn by counting votes: no float between gradient and weight; as repeatable as pi2',
     _GRID, dict(optimizer='votes', lr=1., rest_lr=4., micro=4)));

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'newton_schulz', 'Muon', 'split_params', 'register_optimizer', 'make_optimizers', 'trapezoid',
            'set_rate', 'IntegerRule', 'integer_matmul', 'integer_newton_schulz', 'CarrySnap', 'GhostVotes',
-           'FloatCount', 'static_bytes']
+           'static_bytes']
 
 # %% ../nbs/60_optim.ipynb #c002
 from functools import lru_cache
@@ -14,10 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn, Tensor
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from fastcore.basics import patch
 from .quantlinear import QuantLinear, hold_integers
-from .ghost import apply_votes, cast_votes, ordered_dither
+from .ghost import FloatCount, apply_votes, cast_votes, ordered_dither
 
 # %% ../nbs/60_optim.ipynb #c010
 def newton_schulz(
@@ -166,10 +165,10 @@ class IntegerRule(torch.optim.Optimizer):
             st.pop('sum', None)
         self.reduced = False
 
+# %% ../nbs/60_optim.ipynb #k908e010
 def _leaf(p): return p if p.is_floating_point() else getattr(p, 'leaf', None)
 def _matrix(p): return p.view(1, -1) if p.ndim < 2 else p.view(p.shape[0], -1)
 
-# %% ../nbs/60_optim.ipynb #k908e010
 @patch
 @torch.no_grad()
 def gather(self:IntegerRule):
@@ -406,20 +405,6 @@ def _carry(model, lr, rest_lr, dtype):
 @register_optimizer('votes')
 def _votes(model, lr, rest_lr, dtype):
     return [GhostVotes(_groups(lr, rest_lr, *split_params(hold_integers(model))))]
-
-# %% ../nbs/60_optim.ipynb #n002
-class FloatCount(TorchDispatchMode):
-    "Counts the operations in its block that read or write a float tensor, by name: `with FloatCount() as c: ...; c.ops`"
-    def __enter__(self):
-        self.ops = {}
-        return super().__enter__()
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        out = f(*args, **(kwargs or {}))
-        seen = torch.utils._pytree.tree_leaves((args, kwargs, out))
-        if any(isinstance(t, Tensor) and t.is_floating_point() for t in seen):
-            self.ops[f._schema.name] = self.ops.get(f._schema.name, 0) + 1
-        return out
 
 # %% ../nbs/60_optim.ipynb #n005
 def static_bytes(

@@ -146,7 +146,6 @@ def _integer_rule(name, rule, matrices={}, **kw): # -> put a variant of ours int
 _integer_rule('carry, no momentum', CarrySnap, momentum=0.)
 _integer_rule('carry, momentum', CarrySnap)
 _integer_rule('carry, no carry', CarrySnap, dict(orthogonal=True), carry=0)
-_integer_rule('carry, 8 bits', CarrySnap, dict(orthogonal=True), carry=8)
 _integer_rule('votes, one each', GhostVotes, weighted=False)
 
 # %% ../nbs/72a_peers.ipynb #c020

@@ -263,7 +263,7 @@ def resume(
     t.lm.load_state_dict(state['model'])
     for o,s in zip(t.opts, state['opts']): o.load_state_dict(s)
     t.guard.load_state_dict(state['guard'])
-    t.governor.load_state_dict(state.get('governor', {}))          # an older checkpoint has none
+    t.governor.load_state_dict(state['governor'])
     t.step, t.elapsed, t.recent = state['step'], state['elapsed'], state['recent']
     return t
 
