@@ -155,11 +155,11 @@ ARMS = { # rule -> settings, its name in the registry, the rates to start from, 
     'literal': (_GRID, 'literal', .02, .02, False), 'sr-sgd': (_GRID, 'sr-sgd', .5, .5, False),
     'sign-vote': (_DENSE | dict(micro=4), 'sign-vote', .001, .004, False), 'signum': (_DENSE, 'signum', .001, .004, False),
     'dqt': (_GRID, 'dqt', .004, .032, False), 'eco': (_GRID, 'eco', .004, .032, False),
-    'bf16-sr': (_DENSE, 'bf16-sr', .003, .064, True), 'adamw-qat': (_GRID, 'adamw', .003, .064, True),
-    'adamw': (_DENSE, 'adamw', .003, .064, True), 'muon': (_DENSE, 'muon', .02, .016, True),
-    'carry, no momentum': (_GRID, 'carry, no momentum', 1., 2., False), 'carry, momentum': (_GRID, 'carry, momentum', 1., 2., False),
-    'pi2': (_GRID, 'carry', 1., 4., True), 'pi2, no carry': (_GRID, 'carry, no carry', 1., 4., False),
-    'votes, one each': (_GRID, 'votes, one each', .5, 1., False), 'ghost': (_GRID, 'votes', 1., 2., True)}
+    'bf16-sr': (_DENSE, 'bf16-sr', .003, .064, True), 'adamw-qat': (_GRID, 'adamw', .006, .064, True),
+    'adamw': (_DENSE, 'adamw', .006, .064, True), 'muon': (_DENSE, 'muon', .02, .016, True),
+    'carry, no momentum': (_GRID, 'carry, no momentum', 1., 2., False), 'carry, momentum': (_GRID, 'carry, momentum', 2., 4., False),
+    'pi2': (_GRID, 'carry', 2., 4., True), 'pi2, no carry': (_GRID, 'carry, no carry', 2., 8., False),
+    'votes, one each': (_GRID, 'votes, one each', .5, 1., False), 'ghost': (_GRID, 'votes', 1., 4., True)}
 
 # %% ../nbs/72a_peers.ipynb #c021
 def _name(arm, rates, seed): return f'{arm}, lr {rates[0]:g}, rest {rates[1]:g}, seed {seed}'
