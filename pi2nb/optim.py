@@ -407,6 +407,10 @@ def _votes(model, lr, rest_lr, dtype):
     return [GhostVotes(_groups(lr, rest_lr, *split_params(hold_integers(model))))]
 
 # %% ../nbs/60_optim.ipynb #n005
+def _plain(t): # a tensor, or those inside a tensor subclass
+    if not hasattr(t, '__tensor_flatten__'): return [t]
+    return [x for name in t.__tensor_flatten__()[0] for x in _plain(getattr(t, name))]
+
 def static_bytes(
     model:nn.Module, # a model
     opts:list        # its optimizers, after a step
@@ -414,5 +418,6 @@ def static_bytes(
     "Parameters, buffers and the state of the optimizers"
     state = [st for o in opts for st in o.state.values()]
     held = torch.utils._pytree.tree_leaves([list(model.parameters()), list(model.buffers()), state])
-    seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if isinstance(t, Tensor)}
+    stored = [x.untyped_storage() for t in held if isinstance(t, Tensor) for x in _plain(t)]
+    seen = {s.data_ptr(): s.nbytes() for s in stored}
     return sum(seen.values())
