@@ -98,11 +98,12 @@ def at_best_rate(
     runs:dict, # name -> run, as `read_runs` gives them, named 'ARM, lr RATE, …, seed N' (or muon for lr)
     arm:str    # which ones
 ) -> tuple:    # (lr, the runs of the arm at its best rates, by seed)
-    "The runs at the rates that validation preferred, among those with most seeds; raises ValueError if they are at the edge of those tried"
+    "The runs at the rates with most seeds, or those that validation preferred; raises ValueError if they are at the edge of those tried"
     mine, by = [v for k,v in runs.items() if k.startswith((f'{arm}, lr ', f'{arm}, muon '))], {}
     for v in mine: by.setdefault((v['settings']['lr'], v['settings']['rest_lr']), []).append(v)
     most = max(map(len, by.values()), default=0)
-    best = min((r for r in by if len(by[r]) == most), key=lambda r: sum(v['valid'][-1][1] for v in by[r]), default=None)
+    def score(r): return sum(v['valid'][-1][1] if most == 1 else v.get('test_bpb', inf) for v in by[r])
+    best = min((r for r in by if len(by[r]) == most), key=score, default=None)
     lrs, rests = [r[0] for r in by], [r[1] for r in by if r[0] == best[0]] if best else []
     if not best or best[0] in (min(lrs), max(lrs)) or len(rests) > 1 and best[1] in (min(rests), max(rests)):
         raise ValueError(f'the best rate of {arm!r} is not between others that were tried; try more rates')
