@@ -55,9 +55,10 @@ def _shape(name, dim, layers, heads): # the documents' three numbers -> fields o
     return out
 
 def _rates(name, lr): # both rates, in the recipe's proportion
+    if lr is None: return {}
     from pi2nb.train import configure
     c = configure(name)
-    return {} if lr is None else dict(lr=lr, rest_lr=c.rest_lr*lr/c.lr)
+    return dict(lr=lr, rest_lr=c.rest_lr*lr/c.lr)
 
 # %% ../nbs/70_cli.ipynb #q201
 def _twin(cfg, out): # settings of the float32 twin; ValueError if its folder holds another run

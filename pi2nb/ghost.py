@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 import torch.nn.functional as F
 from fastcore.basics import patch
+from .quantlinear import _decoded
 
 # %% ../nbs/13_ghost.ipynb #c009
 def _fill_gaps(x, n): # ascending values -> n of them, midpoints put into the widest gap again and again
@@ -166,12 +167,8 @@ class GhostLinear(nn.Module):
 @patch
 def held_weight(self:GhostLinear) -> Tensor: # float32 [out_features, in_features], where autograd puts the gradient
     "The weights that the forward pass uses: a leaf, decoded anew when the index has changed"
-    w, leaf = self.weight, getattr(self.weight, 'leaf', None)
-    if leaf is None or w.version != w._version or leaf.device != w.device:
-        with torch.inference_mode(False), torch.no_grad():
-            leaf = GhostQuantFunction.apply(w, self.scale, _table(self.manifold, w.device), None, 0.).requires_grad_()
-        w.leaf, w.version, w.low, w.top = leaf, w._version, -32768, 32767
-    return leaf
+    w = self.weight
+    return _decoded(w, lambda: GhostQuantFunction.apply(w, self.scale, _table(self.manifold, w.device), None, 0.), -32768, 32767)
 
 @patch
 def _apply(self:GhostLinear, fn, recurse=True): # a model may change its type; scales only change their place

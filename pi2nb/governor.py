@@ -10,7 +10,7 @@ from math import isfinite, log, log2
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .quantlinear import CodedWeight
+from .quantlinear import CodedWeight, _leaf_of
 from .optim import IntegerRule
 
 # %% ../nbs/61_governor.ipynb #c005
@@ -106,8 +106,7 @@ def _few(x, most=1 << 16): # about `most` numbers of a tensor, evenly spaced; an
     return x.detach().reshape(-1)[::max(1, x.numel()//most | 1)]
 
 def _gradient(p, o): # what the next update will use; None where there is nothing
-    leaf = p if p.is_floating_point() else getattr(p, 'leaf', None)
-    return o.state.get(p, {}).get('sum', getattr(leaf, 'grad', None))
+    return o.state.get(p, {}).get('sum', getattr(_leaf_of(p), 'grad', None))
 
 @patch
 @torch.no_grad()

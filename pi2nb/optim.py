@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
-from .quantlinear import QuantLinear, hold_integers
+from .quantlinear import QuantLinear, _leaf_of, hold_integers
 from .ghost import FloatCount, apply_votes, cast_votes, ordered_dither
 
 # %% ../nbs/60_optim.ipynb #c010
@@ -160,20 +160,19 @@ class IntegerRule(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none=True):
         for p, _, st in self._items():
-            leaf = _leaf(p)
+            leaf = _leaf_of(p)
             if leaf is not None: leaf.grad = None
             st.pop('sum', None)
         self.reduced = False
 
 # %% ../nbs/60_optim.ipynb #k908e010
-def _leaf(p): return p if p.is_floating_point() else getattr(p, 'leaf', None)
 def _matrix(p): return p.view(1, -1) if p.ndim < 2 else p.view(p.shape[0], -1)
 
 @patch
 @torch.no_grad()
 def gather(self:IntegerRule):
     "Turn the gradients of the last backward pass into integers and add them up; raises ValueError on NaN or infinity"
-    have = [(st, leaf) for p,_,st in self._items() if (leaf := _leaf(p)) is not None and leaf.grad is not None]
+    have = [(st, leaf) for p,_,st in self._items() if (leaf := _leaf_of(p)) is not None and leaf.grad is not None]
     if have and not torch.stack([leaf.grad.sum(dtype=torch.float32) for _,leaf in have]).isfinite().all():
         raise ValueError('a gradient holds NaN or infinity; go back to the last checkpoint, with a lower rate')
     for st, leaf in have:
@@ -398,13 +397,13 @@ class GhostVotes(IntegerRule):
         return apply_votes(z, votes, max(1, (16 << 12)//rate), low, top) if rate > 3 else torch.zeros_like(v)
 
 # %% ../nbs/60_optim.ipynb #kdd6f6c5
-@register_optimizer('carry')
-def _carry(model, lr, rest_lr, dtype):
-    return [CarrySnap(_groups(lr, rest_lr, *split_params(hold_integers(model)), orthogonal=True))]
+def _integer_rule(name, rule, matrices={}, **kw): # -> a rule for integers into the registry; `matrices`: what only they are given
+    @register_optimizer(name)
+    def make(model, lr, rest_lr, dtype):
+        return [rule(_groups(lr, rest_lr, *split_params(hold_integers(model)), **matrices), **kw)]
 
-@register_optimizer('votes')
-def _votes(model, lr, rest_lr, dtype):
-    return [GhostVotes(_groups(lr, rest_lr, *split_params(hold_integers(model))))]
+_integer_rule('carry', CarrySnap, dict(orthogonal=True))
+_integer_rule('votes', GhostVotes)
 
 # %% ../nbs/60_optim.ipynb #n005
 def _plain(t): # a tensor, or those inside a tensor subclass

@@ -12,10 +12,10 @@ import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
-from .quantlinear import CodedWeight, hold_integers
+from .quantlinear import CodedWeight, _leaf_of, hold_integers
 from .model import LM, recipe
 from .q2bn import write_atomic
-from .optim import CarrySnap, GhostVotes, _groups, register_optimizer, split_params, static_bytes
+from .optim import CarrySnap, GhostVotes, _groups, _integer_rule, register_optimizer, split_params, static_bytes
 from .train import Trainer, configure
 from .benchmarks import run_grid
 
@@ -38,7 +38,7 @@ class GridPeer(torch.optim.Optimizer):
 def _leaves(self:GridPeer): # (parameter, leaf, group) of all that have a gradient
     for gr in self.param_groups:
         for p in gr['params']:
-            leaf = p if p.is_floating_point() else getattr(p, 'leaf', None)
+            leaf = _leaf_of(p)
             if leaf is not None and leaf.grad is not None: yield p, leaf, gr
 
 @patch
@@ -137,11 +137,6 @@ def _signum(model, lr, rest_lr, dtype): return [SignPeer(_groups(lr, rest_lr, *s
 def _bf16_sr(model, lr, rest_lr, dtype):
     from torchao.optim import _AdamW
     return [_AdamW(_groups(lr, rest_lr, *split_params(model.bfloat16())), betas=(.9, .95), weight_decay=0., bf16_stochastic_round=True)]
-
-def _integer_rule(name, rule, matrices={}, **kw): # -> put a variant of ours into the registry
-    @register_optimizer(name)
-    def make(model, lr, rest_lr, dtype):
-        return [rule(_groups(lr, rest_lr, *split_params(hold_integers(model)), **matrices), **kw)]
 
 _integer_rule('carry, no momentum', CarrySnap, momentum=0.)
 _integer_rule('carry, momentum', CarrySnap)

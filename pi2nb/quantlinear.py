@@ -271,14 +271,20 @@ def frozen_copy(
     return load_coded_state(deepcopy(model), coded_state(model)).eval().requires_grad_(False)
 
 # %% ../nbs/11_quantlinear.ipynb #i002
-@patch
-def _leaf(self:CodedWeight): # the numbers that the symbols stand for, where autograd puts their gradient
-    w, leaf = self.weight, getattr(self.weight, 'leaf', None)
+def _decoded(w, decode, low, top): # a leaf with the numbers that the integers of `w` stand for; made once per change of `w`
+    leaf = getattr(w, 'leaf', None)
     if leaf is None or w.version != w._version or leaf.device != w.device:
-        with torch.inference_mode(False), torch.no_grad():
-            leaf = self.coded().decode().requires_grad_()
-        w.leaf, w.version, w.low, w.top = leaf, w._version, 0, len(self.code.levels)-1
+        with torch.inference_mode(False), torch.no_grad(): leaf = decode().requires_grad_()
+        w.leaf, w.version, w.low, w.top = leaf, w._version, low, top
     return leaf
+
+def _leaf_of(p): return p if p.is_floating_point() else getattr(p, 'leaf', None) # where autograd puts the gradient; None before a forward pass
+
+@patch
+def _leaf(self:CodedWeight): # of its symbols
+    w, code = self.weight, self.code
+    def decode(): return code.decode(w.detach().reshape(matrix_shape(w.shape)), self.scale).view(w.shape)
+    return _decoded(w, decode, 0, len(code.levels)-1)
 
 # %% ../nbs/11_quantlinear.ipynb #i004
 def _integers(w, code, s, reach): # float weights -> symbols, the scale that was given or one that reaches far enough
