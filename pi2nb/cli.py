@@ -19,7 +19,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
          'Start with: pi2 train')
 
 File = Annotated[Path, typer.Argument(help='a .q2bin file', show_default=False)]
-_DATA = "'shakespeare', a .txt, .jsonl or .parquet file or a folder of them, or hf:NAME[:CONFIG]"
+_DATA = "'shakespeare', 'wikitext2', 'tinystories', a .txt, .jsonl or .parquet file or a folder of them, or hf:NAME[:CONFIG]"
 Data = Annotated[str, typer.Option(help=_DATA)]
 Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', or another torch device")]
 Seed = Annotated[int, typer.Option(help='of every choice that is left to chance', min=0, max=2**32-1)]
@@ -43,10 +43,11 @@ def _pairs(items): # ['dim=256'] -> {'dim': '256'}
         if '=' not in s: raise ValueError(f'--set {s!r} is not of the form key=value')
     return dict(s.split('=', 1) for s in items)
 
-def _shape(name, dim, layers, heads): # the documents' three numbers -> fields of `LMConfig`
+def _shape(name, size, dim, layers, heads): # the documents' three numbers -> fields of `LMConfig`
     from pi2nb.geode import parse_layout
     from pi2nb.model import recipe
-    c, out = recipe(name).config(), {}
+    r = recipe(name)
+    c, out = r.config(**r.sized(size) if size else {}), {}
     if dim is not None: out['dim'] = dim
     if layers is not None:                                             # the recipe's layers, over and over
         names = parse_layout(c.layout)
@@ -86,6 +87,7 @@ def train(
     steps:Annotated[Optional[int], typer.Option(help="optimizer steps  [default: the recipe's]")] = None,
     minutes:Annotated[Optional[float], typer.Option(
         help="train this long instead of a number of steps; the result then depends on the machine's speed")] = None,
+    size:Annotated[Optional[str], typer.Option(help='a named size of the recipe, see pi2 recipes')] = None,
     dim:Annotated[Optional[int], typer.Option(min=1, help="width of the model  [default: the recipe's]")] = None,
     layers:Annotated[Optional[int], typer.Option(min=1, max=1000,
         help="number of layers: the recipe's layout, repeated or cut  [default: the recipe's]")] = None,
@@ -106,9 +108,9 @@ def train(
 ):
     "Train a model, pack it, prove the file, and read what it writes."
     from pi2nb.train import check_new, configure, saved_config
-    options = dict(data=data, steps=steps, minutes=minutes, seed=seed)
+    options = dict(size=size, data=data, steps=steps, minutes=minutes, seed=seed)
     name, told = recipe or 'q2', _pairs(changes)
-    given = {k: v for k,v in options.items() if v is not None} | _shape(name, dim, layers, heads) | _rates(name, lr) | told
+    given = {k: v for k,v in options.items() if v is not None} | _shape(name, size, dim, layers, heads) | _rates(name, lr) | told
     out = output or Path('runs')/name
     if gpu is not None and device: raise ValueError('give --gpu or --device, not both')
     if gpu is not None: device = f'cuda:{gpu}'
@@ -181,19 +183,20 @@ def generate(
     top_p:Annotated[float, typer.Option(help='keep the most likely tokens up to this much probability')] = 1.,
     min_p:Annotated[float, typer.Option(help='keep tokens at least this fraction as likely as the best')] = .02,
     repetition_penalty:Annotated[float, typer.Option(help='above 1 makes recently used tokens less likely')] = 1.,
+    sampler:Annotated[str, typer.Option(help='how the next token is chosen: a registered name')] = 'filters',
     seed:Seed = 0,
     device:Device = 'auto'
 ):
     "Continue a text with a model file."
     import codecs
     from pi2nb.q2bn import load_model
-    from pi2nb.sampler import Sampler, generate
+    from pi2nb.sampler import SAMPLERS, generate
     from pi2nb.train import pick_device
-    sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty)
+    choose = SAMPLERS[sampler](temperature, top_k, top_p, min_p, repetition_penalty)
     lm, tok, _ = load_model(file, device=pick_device(device))
     utf8 = codecs.getincrementaldecoder('utf-8')('replace')
     print(prompt, end='')
-    for b in generate(lm, tok, prompt, tokens, sampler, seed): print(utf8.decode(b), end='', flush=True)
+    for b in generate(lm, tok, prompt, tokens, choose, seed): print(utf8.decode(b), end='', flush=True)
     print(utf8.decode(b'', final=True))
 
 # %% ../nbs/70_cli.ipynb #c015
@@ -207,7 +210,10 @@ def inspect(file:File):
 def recipes():
     "List the recipes, their size and how their weights are held."
     from pi2nb.model import LM, RECIPES
+    import torch
     for r in RECIPES.values():
         lm = LM(r.config())
-        size = f'{lm.n_params():10,} parameters  {lm.bits_per_weight():5.2f} bits each'
-        print(f'{r.name:12} {size}  {lm.config.layout:14} {r.doc}')
+        print(f'{r.name:8} {lm.n_params():11,} parameters  {lm.bits_per_weight():5.2f} bits each  {lm.config.layout:14} {r.doc}')
+        for size, shape in r.sizes.items():                            # counted without being filled
+            with torch.device('meta'): lm = LM(r.config(**shape))
+            print(f'  {size:6} {lm.n_params():11,} parameters  dim {lm.config.dim}, {lm.config.layout}')

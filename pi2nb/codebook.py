@@ -11,6 +11,7 @@ from math import ceil, floor, inf, isclose, log2, pi, prod
 import torch
 from torch import Tensor
 from fastcore.basics import patch
+from .registry import Registry
 from .gray import pack_bits, pack_symbols, unpack_bits, unpack_symbols
 
 # %% ../nbs/10_codebook.ipynb #c008
@@ -229,17 +230,18 @@ _INSIDE = dict(cuts=(-1., 0., 1-2**-20), digits=8, **_BF) # for codes with a lev
 _Q2, _LLOYD = ((-1.5, -.5, .5, 1.5), _CUTS), ((-1.5104, -.4528, .4528, 1.5104), (-.9816, 0., .9816))
 _R = .6048797 # residual of the sign code on a normal density, in units of its scale: E| |x|-s |/s with s = E|x|
 
-CODES = {c.name: c for c in (
+CODES = Registry('code')
+def _add(*codes): # into the registry
+    for c in codes: CODES(c.name)(c)
+
+_add(
     Codebook('q2', *_Q2, 'rms', .996, digits=6, doc='four even levels, least error on a bell curve'),
     Codebook('q2-quartile', *_Q2, 'rms', .67449, digits=6, doc="the Q2 document's code: four equally frequent symbols"),
     _grid('int6', 31, 'absmax', 1/31, digits=3, doc='63 integers, no weight of the row beyond the last'),
     _grid('int8', 127, 'absmax', 1/127, digits=1,
-          doc='255 integers times a power of two, no weight of the row beyond the last'),
-)}
+          doc='255 integers times a power of two, no weight of the row beyond the last'))
 
 # %% ../nbs/10_codebook.ipynb #c114
-def _add(*codes): CODES.update({c.name: c for c in codes})
-
 _add(Codebook('binary', (-1., 1.), (0.,), 'absmean', **_BF, doc='sign times mean magnitude'),
      _grid('ternary', 1, 'rms', 1.224, **_BF, doc='-1, 0, 1 with the least error on a bell curve'),
      _grid('ternary-absmean', 1, 'absmean', **_BF, doc='-1, 0, 1 times the mean magnitude, as in BitNet b1.58'),
@@ -273,7 +275,7 @@ def codebook(
 ) -> Codebook:
     "The code book of that name; raises ValueError that lists the names there are"
     head, *told = name.split(', ')
-    if head not in CODES: raise ValueError(f'unknown code {head!r}; choose one of {", ".join(CODES)}')
+    CODES[head]                                                        # raises on an unknown name
     types = {f.name: f.type for f in fields(Codebook) if f.type in (int, float, str) and f.name != 'name'}
     changes = dict(t.partition('=')[::2] for t in told) | changes
     if (odd := changes.keys() - types.keys()):

@@ -203,10 +203,11 @@ def _hub_parts(name, config, where): # part -> a function that opens its stream
     return {k: v for k,v in parts.items() if k}
 
 # %% ../nbs/32_corpus.ipynb #c050
+_KNOWN = dict(wikitext2='hf:Salesforce/wikitext:wikitext-2-raw-v1', tinystories='hf:roneneldan/TinyStories')
 _STREAM_LIMIT = 64_000_000 # bytes of training text taken from a stream unless asked otherwise
 
 def load_corpus(
-    spec:str|Path,      # 'shakespeare', a .txt, .jsonl or .parquet file, a folder of them, or 'hf:NAME[:CONFIG]'
+    spec:str|Path,      # 'shakespeare', 'wikitext2', 'tinystories', a .txt, .jsonl or .parquet file, a folder of them, or 'hf:NAME[:CONFIG]'
     column:str=None,    # the column of a table that holds the text; None: 'text', or the only one with strings
     limit:int=None,     # most bytes to take, a twentieth for held-out parts of the data; None: files whole, hf: 64 MB
     sep:bytes=b'\n'     # between two documents, where the first does not end with it
@@ -215,6 +216,7 @@ def load_corpus(
     s, kinds = str(spec), ', '.join(_READERS)
     if limit is not None and limit < 1: raise ValueError(f'limit is a number of bytes, at least 1, not {limit}')
     if s == 'shakespeare': return _shakespeare(limit)
+    if not Path(s).exists(): s = _KNOWN.get(s, s)                      # a folder of that name comes first
     if s.startswith('hf:'): return _load_hub(s, column, limit or _STREAM_LIMIT, sep)
     if not (path := Path(spec).expanduser()).exists():
         raise FileNotFoundError(f"{s} does not exist; give 'shakespeare', a file ({kinds}), a folder of such files, "

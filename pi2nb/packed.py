@@ -12,6 +12,7 @@ import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
+from .registry import Registry
 from .codebook import Codebook, Coded, _shorten
 from .quantlinear import QuantEmbedding, QuantLinear
 
@@ -109,7 +110,8 @@ def block_product(
     return torch.cat([F.linear(x, w.to(x.dtype), None if bias is None else bias[i:i+len(w)])
                       for i,w in _row_blocks(packed, scales, code, shape)], -1)
 
-KERNELS = dict(whole=whole_product, blocks=block_product)
+KERNELS = Registry('kernel')
+KERNELS.update(whole=whole_product, blocks=block_product)
 
 # %% ../nbs/14_packed.ipynb #94fa95fb
 def _weight_of(m, kind, magnitudes): # a layer -> its packed weight
@@ -130,7 +132,7 @@ class PackedLinear(nn.Module):
         kernel:str = 'whole'   # a key of `KERNELS`
     ):
         super().__init__()
-        if kernel not in KERNELS: raise ValueError(f'unknown kernel {kernel!r}; choose one of {", ".join(KERNELS)}')
+        KERNELS[kernel]                                                # raises on an unknown name
         self.weight, self.kernel = _as_weight(weight), kernel
         self.out_features, self.in_features = self.weight.shape
         self.register_parameter('bias', bias)

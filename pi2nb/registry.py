@@ -30,4 +30,4 @@ class Registry(dict):
 
 def _origin(x): return getattr(x, '__qualname__', None) or repr(x)
 def _same(a, b): # the same thing, or the same definition run again
-    return a is b or all(hasattr(x, '__qualname__') for x in (a, b)) and (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__)
+    return a is b or a == b or all(hasattr(x, '__qualname__') for x in (a, b)) and (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__)
