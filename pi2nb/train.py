@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from tqdm import tqdm
 from .quantlinear import frozen_copy
-from .tokenizer import ByteTokenizer
+from .tokenizer import make_tokenizer, tokenizer_from_dict, _tokenizer_spec
 from .corpus import Corpus, load_corpus, WindowSampler
 from .model import LM, LMConfig, recipe
 from .sampler import Sampler, generate
@@ -33,6 +33,7 @@ class TrainConfig:
     "Everything that decides the result of a run"
     recipe:str = 'q2'            # a key of `RECIPES`
     data:str = 'shakespeare'     # what to learn, see chapter 32
+    tokenizer:str = 'bytes'      # how text becomes tokens: 'bytes', or a kind and a size such as 'bpe-4096', learned from that text
     steps:int = 1200             # optimizer steps
     minutes:float|None = None    # train this long instead; the result then depends on the machine's speed
     batch:int = 8                # windows per step
@@ -66,6 +67,7 @@ def _sensible(cfg): # `cfg`, or ValueError about the first setting that cannot b
     demand('seed', 0 <= cfg.seed < 2**32, 'it must lie between 0 and 2**32 - 1')
     demand('governor', cfg.governor is None or 0 < cfg.governor < 1, 'it must be None, or lie between 0 and 1')
     demand('precision', cfg.precision in ('auto', 'fp32', 'bf16'), "choose 'auto', 'fp32' or 'bf16'")
+    _tokenizer_spec(cfg.tokenizer)
     return cfg
 
 # %% ../nbs/63_train.ipynb #q102
@@ -135,21 +137,23 @@ class Trainer:
         cfg:TrainConfig,       # the settings, as `configure` makes them
         out:str|Path,          # folder for everything the run writes
         corpus:Corpus = None,  # the text; None loads `cfg.data`
-        device:str = 'auto'    # where to run
+        device:str = 'auto',   # where to run
+        tokenizer = None       # one that is trained already; None makes the one that `cfg` names
     ):
         self.out, self.device = Path(out), pick_device(device)
         self.cfg = cfg = replace(cfg, precision=pick_precision(cfg.precision, self.device))
         self.corpus = corpus or load_corpus(cfg.data)
-        self.tok = ByteTokenizer()
+        self.tok = tokenizer or make_tokenizer(cfg.tokenizer, self.corpus.train)
         self.rank, self.world = join_workers(self.device)
         if self.world > (1 if cfg.minutes else cfg.micro):
             raise ValueError(f'{self.world} workers cannot share this run: give a number of steps, and micro={self.world} or more')
-        self.windows = WindowSampler(self.tok.encode(self.corpus.train), cfg.batch, cfg.context, cfg.seed)
+        ids = self.tok.encode(self.corpus.train)
+        self.windows, self.token_bytes = WindowSampler(ids, cfg.batch, cfg.context, cfg.seed), len(self.corpus.train)/len(ids)
         torch.manual_seed(cfg.seed)
         self.lm = LM(recipe(cfg.recipe).config(**cfg.model, vocab=self.tok.vocab_size)).to(self.device)
         dtype = torch.bfloat16 if cfg.precision == 'bf16' else torch.float32
         self.opts = make_optimizers(self.lm, cfg.optimizer, cfg.lr, cfg.rest_lr, dtype)
-        self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram_nats(self.corpus.train), opts=self.opts)
+        self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram_nats(ids), opts=self.opts)
         self.governor = TrainingGovernor(self.lm, self.opts, cfg.governor)
         self.step, self.elapsed, self.rate = 0, 0., 0.
         self.stopped, self.asked, self.recent = False, False, []
@@ -209,7 +213,7 @@ def train_step(self:Trainer) -> tuple: # (loss in nats per token, gradient norm)
 def save(self:Trainer):
     "Write DIR/checkpoint.pt atomically; only the first worker does"
     if self.rank: return
-    state = dict(cfg=asdict(self.cfg), corpus=self.corpus.sha256(),
+    state = dict(cfg=asdict(self.cfg), corpus=self.corpus.sha256(), tokenizer=self.tok.to_dict(),
                  device=str(self.device), threads=torch.get_num_threads(),
                  step=self.step, elapsed=self.elapsed, recent=self.recent, model=self.lm.state_dict(),
                  opts=[o.state_dict() for o in self.opts], guard=self.guard.state_dict(),
@@ -257,7 +261,8 @@ def resume(
     "The run as its last checkpoint left it, with as many threads; raises if there is none or the text has changed"
     state = _read_checkpoint(out)
     torch.set_num_threads(state['threads'])
-    t = Trainer(state['cfg'], out, corpus, device or state['device'])
+    tok = tokenizer_from_dict(state.get('tokenizer', dict(name='bytes')))     # as it was learned then
+    t = Trainer(state['cfg'], out, corpus, device or state['device'], tok)
     if t.corpus.sha256() != state['corpus']:
         raise ValueError(f'the text {t.cfg.data!r} is not the one this run started with; start a new run')
     t.lm.load_state_dict(state['model'])
@@ -293,7 +298,7 @@ def log(self:Trainer,
 ) -> str:         # the line in short
     "Add a line to metrics.jsonl: means since the last one, now and then a look at the validation text"
     loss, norm = (sum(v)/len(v) for v in zip(*self.recent))
-    row = dict(step=self.step, loss=loss, bpb=loss/math.log(2), grad_norm=norm, rate=self.rate,
+    row = dict(step=self.step, loss=loss, bpb=loss/math.log(2)/self.token_bytes, grad_norm=norm, rate=self.rate,
                tokens_per_s=len(self.recent)*self.cfg.batch*self.cfg.context/seconds, elapsed=self.elapsed)
     if self.guard.changed: row['changed'] = sum(self.guard.changed.values())/len(self.guard.changed)
     if self.step % self.cfg.eval_every == 0 or self.progress >= 1: row['valid_bpb'] = self.evaluate()
@@ -373,7 +378,7 @@ def finish(self:Trainer,
     "Pack, prove, score on the test text beside the baselines, sample, plot; also written to DIR/report.json"
     if self.rank: return None
     file, lm, cfg, text = self.pack(), self.back, self.cfg, self.corpus
-    rep = dict(recipe=cfg.recipe, corpus=text.name,
+    rep = dict(recipe=cfg.recipe, tokenizer=cfg.tokenizer, corpus=text.name,
         train_bytes=len(text.train), valid_bytes=len(text.valid), test_bytes=len(text.test),
         seed=cfg.seed, steps=self.step, seconds=self.elapsed,
         precision=cfg.precision, device=str(self.device), threads=torch.get_num_threads(),

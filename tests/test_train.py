@@ -1,11 +1,12 @@
 "A run gives the same file by SHA-256 however often it is interrupted, and never leaves a broken one behind."
-import errno, hashlib, json, os, signal, subprocess, sys, time
+import errno, hashlib, json, math, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 import torch
 
 from pi2nb.corpus import load_corpus
+from pi2nb.evaluate import bits_per_byte
 from pi2nb.governor import DeadRun
 from pi2nb.model import LM, MIXERS, RECIPES, LMConfig, looks_ahead, recipe
 from pi2nb.q2bn import load_model
@@ -73,6 +74,25 @@ def test_other_codes_stop_and_go_on_to_the_same_file_and_write(tmp_path, text, n
     assert sha(tmp_path/'cut') == sha(tmp_path/'whole')
     lm, tok, meta = load_model(tmp_path/'cut'/'model.q2bin')
     assert lm.config.code == code and len(b''.join(generate(lm, tok, 'A', 5, Sampler(), seed=0))) == 5
+
+
+@pytest.mark.parametrize('kind', ['bpe-400', 'unigram-400'])
+def test_longer_pieces_stop_and_go_on_to_the_same_file_and_write(tmp_path, text, kind):
+    want, cfg = whole(tmp_path, text[1], tokenizer=kind), configure(**TOY | dict(tokenizer=kind))
+    start = Trainer(cfg, tmp_path/'cut', text[1], 'cpu')
+    for _ in range(11): start.train_step()
+    start.save()
+    again = resume(tmp_path/'cut', text[1], 'cpu')
+    again.fit(show=False)
+    rep = again.finish(only=('unigram',))
+    assert sha(tmp_path/'cut') == want and rep['tokenizer'] == kind and 0 < rep['test_bpb'] < 9
+    lm, tok, _ = load_model(tmp_path/'cut'/'model.q2bin')
+    assert tok == again.tok and lm.config.vocab == tok.vocab_size == 400
+    assert bits_per_byte(lm, tok, text[1].test).bpb == rep['test_bpb']
+    row = json.loads((tmp_path/'cut'/'metrics.jsonl').read_text().splitlines()[-1])
+    assert row['bpb'] == pytest.approx(row['loss']/math.log(2)/again.token_bytes)
+    assert len(list(generate(lm, tok, 'A', 5, Sampler(), seed=0))) == 5
+    with pytest.raises(ValueError, match='no tokenizer'): configure(tokenizer='bpe-4')
 
 
 def test_a_crash_between_checkpoints_loses_only_the_steps_since(tmp_path, text):
