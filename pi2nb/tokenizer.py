@@ -11,6 +11,7 @@ import base64, io, re
 from itertools import chain
 import numpy as np
 from fastcore.basics import patch
+from .registry import Registry
 
 # %% ../nbs/30_tokenizer.ipynb #c007
 class ByteTokenizer:
@@ -61,7 +62,7 @@ def n_bytes(self:ByteTokenizer,
     return int(_flat_ids(ids).size)
 
 # %% ../nbs/30_tokenizer.ipynb #c024
-TOKENIZERS = {}
+TOKENIZERS = Registry('tokenizer')
 _TOKENIZER_NEEDS = 'name vocab_size bos encode decode n_bytes to_dict'.split()
 
 def register_tokenizer(
@@ -70,11 +71,7 @@ def register_tokenizer(
     "Make `cls` known to model files; raises TypeError if a member is missing, ValueError if the name is taken"
     if missing := [o for o in _TOKENIZER_NEEDS if not hasattr(cls, o)]:
         raise TypeError(f'{cls.__name__} cannot be a tokenizer yet: it lacks {", ".join(missing)}')
-    old = TOKENIZERS.get(cls.name, cls)
-    if old.__qualname__ != cls.__qualname__:
-        raise ValueError(f'the name {cls.name!r} is taken by {old.__name__}; choose another')
-    TOKENIZERS[cls.name] = cls
-    return cls
+    return TOKENIZERS(cls.name)(cls)
 
 register_tokenizer(ByteTokenizer);
 
@@ -85,9 +82,8 @@ def tokenizer_from_dict(
     "The tokenizer that a model file describes; raises ValueError if nobody knows it"
     args = dict(d)
     name = args.pop('name', None)
-    if name not in TOKENIZERS:
-        raise ValueError(f'unknown tokenizer {name!r}; known are: {", ".join(sorted(TOKENIZERS))}')
-    try: return TOKENIZERS[name](**args)
+    kind = TOKENIZERS[name]
+    try: return kind(**args)
     except TypeError as e: raise ValueError(f'{name!r} cannot be built from {sorted(args)}: {e}') from None
 
 # %% ../nbs/30_tokenizer.ipynb #new4

@@ -84,13 +84,14 @@ def _typed(f, v): # `v`, read from text if need be, checked against the annotati
 # %% ../nbs/63_train.ipynb #c009
 def configure(
     name:str = 'q2', # recipe
+    size:str = None, # a named size of the recipe
     **changes        # fields of `TrainConfig` or `LMConfig`; text is read as a Python value
 ) -> TrainConfig:
     "The settings of a run: defaults, then the recipe, then `changes`; raises ValueError on one that does not fit"
     run = {f.name: f for f in fields(TrainConfig) if f.name not in ('recipe', 'model')}
     shape = {f.name: f for f in fields(LMConfig) if f.name != 'vocab'}       # the tokenizer decides that
     cfg = replace(TrainConfig(recipe=name), **recipe(name).learn)
-    for k,v in changes.items():
+    for k,v in ((recipe(name).sized(size) if size else {}) | changes).items():
         if k in run: setattr(cfg, k, _typed(run[k], v))
         elif k in shape: cfg.model[k] = _typed(shape[k], v)
         else: raise ValueError(f'no setting {k!r}; there are {", ".join(sorted(run | shape))}')
