@@ -17,6 +17,8 @@ from .codebook import codebook
 from .quantlinear import QuantLinear, QuantEmbedding, coded_state, holdings, stored_parameters
 from .attention import GQABlock, MLP
 from .cfc import CfCBlock
+from .memory import SlotMemory
+from .banks import Banks
 from .recursion import RecursiveCore
 from .geode import parse_layout
 
@@ -32,6 +34,10 @@ class LMConfig:
     mlp:str = 'relu2'             # 'relu2' or 'swiglu'
     mlp_ratio:float = 4.          # hidden width of the MLP over `dim`
     depth:int = 4                 # passes of a recursive core
+    slots:int = 512               # learned slots of a slot memory, and room for as many written ones
+    banks:str = 'semantic, context' # phase banks, by name
+    coupler:str = 'router'        # how banks become one
+    real:bool = False             # real numbers instead of complex ones in mixers that have both
     vocab:int = 256               # number of tokens
     tied:bool = False             # does the head share the embedding's weights
     code:str|None = 'q2'          # code of the matrices; None is float32
@@ -53,6 +59,12 @@ def _mlp(c): return MLP(c.dim, round(c.dim*c.mlp_ratio), c.mlp, c.code)
 
 @register_mixer('Recursive')
 def _recursive(c): return RecursiveCore(_gqa(c), _mlp(c), c.depth)
+
+@register_mixer('Slots')
+def _slots(c): return SlotMemory(c.dim, c.slots, code=c.code, gate_code=c.gate_code, room=c.slots)
+
+@register_mixer('Banks')
+def _banks(c): return Banks(c.dim, c.banks, c.coupler, c.code, c.gate_code, c.real)
 
 # %% ../nbs/41_model.ipynb #c011
 def _norm(x): return F.rms_norm(x, x.shape[-1:])

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import get_args
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from fastcore.basics import patch
 from tqdm import tqdm
 from .quantlinear import frozen_copy
+from .memory import SlotMemory, remember
 from .tokenizer import make_tokenizer, tokenizer_from_dict, _tokenizer_spec
 from .corpus import Corpus, load_corpus, WindowSampler
 from .model import LM, LMConfig, recipe
+from .objectives import Objective
 from .sampler import Sampler, generate
 from .q2bn import save_model, load_model, write_atomic
 from .optim import OPTIMIZERS, make_optimizers, set_rate, trapezoid
@@ -40,6 +41,8 @@ class TrainConfig:
     micro:int = 1                # micro-batches per step, shared out among the workers; the sum is one step
     context:int = 256            # tokens per window
     seed:int = 0                 # of the initial weights and the order of the text
+    objective:str = 'ce'         # what is minimised, such as 'ce + .01*coherence', see chapter 42
+    remember:float = 0.          # part of each step's tokens, the most surprising ones, written into slot memories; see chapter 24
     optimizer:str = 'muon'       # a key of `OPTIMIZERS`
     lr:float = .02               # peak rate of the matrices
     rest_lr:float = 4e-3         # peak rate of embedding, head and vectors
@@ -67,7 +70,8 @@ def _sensible(cfg): # `cfg`, or ValueError about the first setting that cannot b
     demand('seed', 0 <= cfg.seed < 2**32, 'it must lie between 0 and 2**32 - 1')
     demand('governor', cfg.governor is None or 0 < cfg.governor < 1, 'it must be None, or lie between 0 and 1')
     demand('precision', cfg.precision in ('auto', 'fp32', 'bf16'), "choose 'auto', 'fp32' or 'bf16'")
-    _tokenizer_spec(cfg.tokenizer)
+    demand('remember', 0 <= cfg.remember <= (cfg.micro == 1), 'it must be a part of the tokens, 0 to 1, and 0 with micro-batches')
+    Objective(cfg.objective), _tokenizer_spec(cfg.tokenizer)           # raise on what they cannot read
     return cfg
 
 # %% ../nbs/63_train.ipynb #q102
@@ -152,6 +156,7 @@ class Trainer:
         self.windows, self.token_bytes = WindowSampler(ids, cfg.batch, cfg.context, cfg.seed), len(self.corpus.train)/len(ids)
         torch.manual_seed(cfg.seed)
         self.lm = LM(recipe(cfg.recipe).config(**cfg.model, vocab=self.tok.vocab_size)).to(self.device)
+        self.objective, self.slots = Objective(cfg.objective), [m for m in self.lm.modules() if isinstance(m, SlotMemory)]
         dtype = torch.bfloat16 if cfg.precision == 'bf16' else torch.float32
         self.opts = make_optimizers(self.lm, cfg.optimizer, cfg.lr, cfg.rest_lr, dtype)
         self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram_nats(ids), opts=self.opts)
@@ -182,15 +187,14 @@ def _sum_up(self:Trainer, loss): # over the workers: gradients, loss, and whethe
 
 # %% ../nbs/63_train.ipynb #q101
 @patch
-def _backward(self:Trainer) -> float: # the micro-batches of this worker: gradients; -> their share of the mean loss
+def _backward(self:Trainer) -> float: # the micro-batches of this worker: gradients; -> their share of the mean cross-entropy
     cfg, total = self.cfg, 0.
     x, y = (t.to(self.device).chunk(cfg.micro) for t in self.windows.batch_at(self.step))
     for a,b in list(zip(x, y))[self.rank::self.world]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == 'bf16'):
-            logits, _ = self.lm(a)
-        loss = F.cross_entropy(logits.flatten(0, 1), b.flatten())/cfg.micro
-        loss.backward()
-        total += loss.detach()
+            loss, parts = self.objective(self.lm, a, b)
+        (loss/cfg.micro).backward()
+        total += parts['ce']/cfg.micro
         for o in self.opts: hasattr(o, 'gather') and o.gather()
     return float(total)
 
@@ -206,6 +210,7 @@ def train_step(self:Trainer) -> tuple: # (loss in nats per token, gradient norm)
     for o in self.opts: o.step()
     self.governor.observe(self.rate)
     self.lm.zero_grad(set_to_none=True)
+    if self.cfg.remember and self.slots: remember(self.lm, *(t.to(self.device) for t in self.windows.batch_at(self.step)), share=self.cfg.remember)
     self.step += 1
     return loss, norm
 
@@ -312,7 +317,9 @@ def log(self:Trainer,
 def evaluate(self:Trainer) -> float: # bits per byte
     "Score the beginning of the validation text with the weights as the file would hold them"
     text, size = self.corpus.valid[:self.cfg.eval_bytes], self.cfg.context
-    return bits_per_byte(frozen_copy(self.lm), self.tok, text, chunk=size, stride=size).bpb
+    lm = frozen_copy(self.lm)
+    for m in lm.modules(): isinstance(m, SlotMemory) and m.forget()    # the file holds what was learned, not what was written
+    return bits_per_byte(lm, self.tok, text, chunk=size, stride=size).bpb
 
 # %% ../nbs/63_train.ipynb #c029
 @patch
@@ -360,6 +367,7 @@ def pack(self:Trainer) -> dict: # what was written, and the proof
     "Write DIR/model.q2bin, load it again and compare: the largest logit difference must be 0"
     path, cfg = self.out/'model.q2bin', self.cfg
     trained = dict(recipe=cfg.recipe, data=self.corpus.name, text=self.corpus.sha256(), steps=self.step, seed=cfg.seed)
+    for m in self.slots: m.forget()
     save_model(self.lm, self.tok, path, dict(trained=trained))
     back, _, _ = load_model(path, device=self.device)
     x, gap = self.windows.batch_at(0)[0].to(self.device), 0.
