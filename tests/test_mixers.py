@@ -1,7 +1,6 @@
-"Scan, attention, closed-form continuous time and layouts: the properties that every mixer must keep"
+"Attention, closed-form continuous time and layouts: the properties that every mixer must keep"
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from pi2nb.scan import scan_step, scan_loop, scan_parallel, linear_scan
 from pi2nb.attention import rope, banded_attention, MLP, GQABlock
 from pi2nb.cfc import plain_cfc_gates, cfc_gates, CfCBlock
 from pi2nb.geode import parse_layout, format_layout
@@ -35,74 +34,6 @@ def steps(seed, B=2, T=23, C=3, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     r = lambda *s: torch.randn(*s, generator=g, dtype=dtype)
     return r(B, T, C).sigmoid(), r(B, T, C), r(B, C)
-
-
-# scan
-
-@quick
-@given(st.integers(0, 10**6), st.integers(1, 70))
-def test_scan_forms_agree(seed, T):
-    a, b, h0 = steps(seed, T=T)
-    h, states = h0, []
-    for t in range(T): h = scan_step(a[:, t], b[:, t], h); states.append(h)
-    slow = torch.stack(states, 1)
-    assert torch.equal(scan_loop(a, b, h0), slow) and torch.equal(linear_scan(a, b, h0), slow)
-    for other in (scan_parallel(a, b, h0), linear_scan(a, b, h0, parallel=True)):
-        assert torch.allclose(other, slow, atol=1e-5, rtol=1e-5)
-    assert torch.equal(linear_scan(a, b), linear_scan(a, b, torch.zeros_like(h0)))
-
-
-@quick
-@given(st.integers(0, 10**6), pieces(23))
-def test_scan_in_pieces_is_exact(seed, sizes):
-    a, b, h = steps(seed)
-    whole, out = linear_scan(a, b, h), []
-    for x, y in zip(a.split(sizes, 1), b.split(sizes, 1)):
-        out.append(linear_scan(x, y, h))
-        if y.shape[1]: h = out[-1][:, -1]
-    assert torch.equal(torch.cat(out, 1), whole)
-
-
-@pytest.mark.parametrize('T', [0, 1, 2, 7])
-@pytest.mark.parametrize('parallel', [False, True])
-def test_scan_gradient(parallel, T):
-    args = [t.requires_grad_() for t in steps(1, T=T, dtype=torch.float64)]
-    assert linear_scan(*args, parallel=parallel).shape == (2, T, 3)
-    if T: assert torch.autograd.gradcheck(lambda *t: linear_scan(*t, parallel=parallel), args)
-    else: assert torch.autograd.grad(linear_scan(*args, parallel=parallel).sum(), args[2])[0].abs().sum() == 0
-
-
-def test_scan_gradient_agrees_with_autograd():
-    args = [t.requires_grad_() for t in steps(2, T=100)]
-    weight = torch.randn(2, 100, 3)
-    grads = lambda f, **k: torch.autograd.grad((f(*args, **k)*weight).sum(), args)
-    for other in (grads(scan_loop), grads(scan_parallel), grads(linear_scan, parallel=True)):
-        for x, y in zip(grads(linear_scan), other): assert torch.allclose(x, y, atol=1e-4, rtol=1e-4)
-
-
-def test_scan_takes_any_layout_in_memory():
-    a, b, h0 = steps(3)
-    turned = lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(linear_scan(turned(a), turned(b), h0), linear_scan(a, b, h0))
-    b.requires_grad_()
-    linear_scan(a, b, h0).sum().backward()   # the gradient that arrives is an expanded scalar
-
-
-def test_scan_is_wide_in_mixed_precision():
-    a, b, h0 = (t.bfloat16() for t in steps(4))
-    with torch.autocast('cpu', torch.bfloat16):
-        for f in (scan_loop, scan_parallel, linear_scan):
-            assert f(a, b, h0).dtype == torch.float32
-            assert torch.allclose(f(a, b, h0), scan_loop(a.float(), b.float(), h0.float()), atol=1e-5)
-
-
-@pytest.mark.parametrize('f', [scan_loop, scan_parallel, linear_scan])
-def test_scan_refuses(f):
-    a, b, h0 = steps(5)
-    for bad in ((a[0], b[0]), (a[..., :1], b), (a[:, :1], b)):
-        with pytest.raises(ValueError, match='must both be'): f(*bad)
-    for h in (h0[:1], h0[:, :1], h0[:, None]):
-        with pytest.raises(ValueError, match='h0 must be'): f(a, b, h)
 
 
 # every mixer
