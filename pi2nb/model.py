@@ -17,6 +17,7 @@ from .codebook import codebook
 from .quantlinear import QuantLinear, QuantEmbedding, coded_state, holdings, stored_parameters
 from .attention import GQABlock, MLP
 from .cfc import CfCBlock
+from .oscillator import DampedOscillator, OscillatorySSM
 from .memory import SlotMemory
 from .banks import Banks
 from .recursion import RecursiveCore
@@ -59,6 +60,12 @@ def _mlp(c): return MLP(c.dim, round(c.dim*c.mlp_ratio), c.mlp, c.code)
 
 @register_mixer('Recursive')
 def _recursive(c): return RecursiveCore(_gqa(c), _mlp(c), c.depth)
+
+@register_mixer('Damped')
+def _damped(c): return DampedOscillator(c.dim, code=c.code, gate_code=c.gate_code)
+
+@register_mixer('Oscillator')
+def _oscillator(c): return OscillatorySSM(c.dim, code=c.code, gate_code=c.gate_code)
 
 @register_mixer('Slots')
 def _slots(c): return SlotMemory(c.dim, c.slots, code=c.code, gate_code=c.gate_code, room=c.slots)
