@@ -73,7 +73,8 @@ def forward(self:SlotMemory,
     with torch.autocast(x.device.type, enabled=False):
         keys, values, bonus = self.table()
         q = F.normalize(self.query(x.to(keys.dtype)), dim=-1)
-        w, where = fading_top(self.sharp.exp()*(q@keys.T + bonus), self.top)
+        sharp = self.sharp.exp()
+        w, where = fading_top((sharp*q)@keys.T + sharp*bonus, self.top)
         found = F.embedding_bag(where.flatten(0, 1), values, per_sample_weights=w.flatten(0, 1), mode='sum').view_as(q)
     return self.out(found.to(x.dtype)), q.new_zeros(len(x), 0)
 
