@@ -28,7 +28,7 @@ def fading_top(
     if w.shape[-1] > top: w, where = w[..., :top] - w[..., top:], where[..., :top]
     return w/w.sum(-1, keepdim=True).clamp_min(1e-6), where
 
-# %% ../nbs/24_memory.ipynb #c020
+# %% ../nbs/24_memory.ipynb #c019
 class SlotMemory(nn.Module):
     "Slots searched by cosine: learned ones, written ones, and those of attached shards; source: the phase-field document"
     def __init__(self,
@@ -50,7 +50,7 @@ class SlotMemory(nn.Module):
         for n in ('shard_keys', 'shard_values'): self.register_buffer(n, torch.zeros(0, dim), persistent=False)
         nn.init.zeros_(self.out.weight)
 
-# %% ../nbs/24_memory.ipynb #c022
+# %% ../nbs/24_memory.ipynb #c021
 _EMPTY = -1e4 # score of a slot that holds nothing
 
 @patch
@@ -63,7 +63,7 @@ def table(self:SlotMemory) -> tuple: # (unit keys [n, dim], values [n, dim], bon
     attached = self.trust.expand(len(self.shard_keys))
     return keys, values, torch.cat([torch.zeros_like(keys[:len(every), 0]), written, attached])
 
-# %% ../nbs/24_memory.ipynb #c024
+# %% ../nbs/24_memory.ipynb #c023
 @patch
 def forward(self:SlotMemory,
     x:Tensor,    # [batch, time, dim], normalised
@@ -78,7 +78,7 @@ def forward(self:SlotMemory,
         found = F.embedding_bag(where.flatten(0, 1), values, per_sample_weights=w.flatten(0, 1), mode='sum').view_as(q)
     return self.out(found.to(x.dtype)), q.new_zeros(len(x), 0)
 
-# %% ../nbs/24_memory.ipynb #c033
+# %% ../nbs/24_memory.ipynb #c031
 @patch
 def _merge(self:SlotMemory, keys, values, momentum): # move the nearest slots towards these pairs
     at = (keys@self.written_keys.T).masked_fill(self.importance == 0, _EMPTY).argmax(1)
@@ -94,7 +94,7 @@ def _place(self:SlotMemory, keys, values): # take the least important slots
     at = self.importance.argsort(stable=True)[:len(keys)]
     self.written_keys[at], self.written_values[at], self.importance[at] = keys, values, 1.
 
-# %% ../nbs/24_memory.ipynb #c034
+# %% ../nbs/24_memory.ipynb #c032
 @patch
 @torch.no_grad()
 def write(self:SlotMemory,
@@ -117,7 +117,7 @@ def write(self:SlotMemory,
     self._place(keys[~again], values[~again])
     self._merge(keys[again], values[again], momentum)
 
-# %% ../nbs/24_memory.ipynb #c040
+# %% ../nbs/24_memory.ipynb #c038
 @patch
 def consolidate(self:SlotMemory,
     keep:float = .99 # factor on every importance
@@ -130,7 +130,7 @@ def forget(self:SlotMemory):
     "Empty all written slots; learned ones and attached shards stay"
     self.importance.zero_()
 
-# %% ../nbs/24_memory.ipynb #c044
+# %% ../nbs/24_memory.ipynb #c042
 @dataclass
 class Shard:
     "Slots on their own: unit keys, values, and how important each was"
@@ -144,7 +144,7 @@ class Shard:
         if not (shapes and all(t.is_floating_point() and t.isfinite().all() for t in parts)):
             raise ValueError('this is no shard: it needs finite keys and values [slots, dim] and importance [slots]; make it with create_shard')
 
-# %% ../nbs/24_memory.ipynb #c045
+# %% ../nbs/24_memory.ipynb #c043
 @patch
 @torch.no_grad()
 def create_shard(self:SlotMemory,
@@ -171,7 +171,7 @@ def detach(self:SlotMemory):
     "Take all attached shards away"
     self.shard_keys, self.shard_values = self.shard_keys[:0], self.shard_values[:0]
 
-# %% ../nbs/24_memory.ipynb #c049
+# %% ../nbs/24_memory.ipynb #c047
 @patch
 def save(self:Shard,
     path:str|Path # file to write
@@ -217,7 +217,7 @@ def remember(
         m.write(m.query(seen[m].flatten(0, 1)[at].float()), F.rms_norm(values, values.shape[-1:]))
     return nats.view_as(answers), state
 
-# %% ../nbs/24_memory.ipynb #c055
+# %% ../nbs/24_memory.ipynb #c057
 def memorize(
     lm:nn.Module,     # as for `remember`, with one or more `SlotMemory` in it
     tokenizer,        # with `encode` and `bos`
