@@ -14,7 +14,7 @@ from .scan import linear_scan
 
 # %% ../nbs/20a_complex_scan.ipynb #c007
 def _units(turn): # -> integers in units of 2^-32 circle
-    return (turn*2.**32).round().long() if turn.is_floating_point() else turn.long()
+    return (turn.frac()*2.**32).round().long() if turn.is_floating_point() else turn.long()
 
 def complex_step(
     log_r:Tensor, # logarithm of what is kept [batch, channels] or [channels]; 0 keeps all
@@ -37,8 +37,10 @@ def _fitted(log_r, turn, b, h0): # -> the four, checked: with a time dimension, 
     if h0 is None: h0 = b.new_zeros(n, size)
     if h0.shape != (n, size): raise ValueError(f'h0 must be [batch, 2*channels] = {[n, size]}, not {list(h0.shape)}')
     wide = torch.promote_types(b.dtype, torch.float32)
-    if turn.is_floating_point(): turn = turn.to(torch.promote_types(turn.dtype, torch.float32))
     log_r, turn = (t.expand(1, T, c) if t.ndim == 1 else t for t in (log_r, turn))
+    if turn.is_floating_point():
+        turn = turn.to(torch.promote_types(turn.dtype, torch.float32))
+        log_r = log_r + 0*turn.detach()                  # a turn that is not a number has no integer: it spoils the state here
     return log_r.to(wide), turn, b.to(wide), h0.to(wide)
 
 # %% ../nbs/20a_complex_scan.ipynb #c012
@@ -67,18 +69,17 @@ class ComplexScan(torch.autograd.Function):
         ctx.save_for_backward(log_r, turn, r, e, g, h0)
         return _real(_complex(g)*e)
 
-# %% ../nbs/20a_complex_scan.ipynb #c026
-def _complex_scan_gradient(ctx, grad): # -> gradients of log_r, turn, b, h0
-    log_r, turn, r, e, g, h0 = ctx.saved_tensors
-    G = linear_scan(r.roll(-1, 1).flip(1), _real(_complex(grad)*e.conj()).flip(1)).flip(1)
-    kept = r*torch.cat([h0[:, None], g], 1)[:, :-1]
-    z = _complex(kept).conj()*_complex(G)
-    d_turn = 2*pi*z.imag.sum_to_size(turn.shape) if ctx.needs_input_grad[1] else None
-    return z.real.sum_to_size(log_r.shape), d_turn, _real(_complex(G)*e), (r[:, :1]*G[:, :1]).sum(1)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        log_r, turn, r, e, g, h0 = ctx.saved_tensors
+        G = linear_scan(r.roll(-1, 1).flip(1), _real(_complex(grad)*e.conj()).flip(1)).flip(1)
+        kept = r*torch.cat([h0[:, None], g], 1)[:, :-1]
+        z = _complex(kept).conj()*_complex(G)
+        d_turn = 2*pi*z.imag.sum_to_size(turn.shape) if ctx.needs_input_grad[1] else None
+        return z.real.sum_to_size(log_r.shape), d_turn, _real(_complex(G)*e), (r[:, :1]*G[:, :1]).sum(1)
 
-ComplexScan.backward = staticmethod(torch.autograd.function.once_differentiable(_complex_scan_gradient))
-
-# %% ../nbs/20a_complex_scan.ipynb #c027
+# %% ../nbs/20a_complex_scan.ipynb #c025
 def complex_scan(
     log_r:Tensor,    # logarithm of what is kept [channels] or [batch, time, channels]
     turn:Tensor,     # same shapes: integers in units of 2^-32 circle, or floats in circles, which can be learned
