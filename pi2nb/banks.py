@@ -44,8 +44,11 @@ class BankConfig:
 
 # %% ../nbs/25_banks.ipynb #c010
 @patch
-def matrix(self:BankConfig, n_in:int, n_out:int) -> QuantLinear:
-    "A complex matrix between sizes counted in real numbers; the twin's is real and dense"
+def matrix(self:BankConfig,
+    n_in:int,   # real numbers in the input, even
+    n_out:int   # real numbers in the output, even
+) -> QuantLinear:
+    "A complex linear layer; the twin's is real and dense"
     return (QuantLinear if self.real else PhaseLinear)(n_in, n_out, self.code)
 
 @patch
@@ -54,17 +57,24 @@ def act(self:BankConfig) -> nn.Module:
     return nn.GELU() if self.real else ModReLU(self.dim)
 
 @patch
-def product(self:BankConfig, a:Tensor, b:Tensor) -> Tensor:
-    "Feature by feature, [..., dim]: complex; the twin multiplies number by number"
+def product(self:BankConfig,
+    a:Tensor, # [..., dim]
+    b:Tensor  # [..., dim]
+) -> Tensor:  # [..., dim]
+    "The complex product of every feature; the twin multiplies number by number"
     return a*b if self.real else phase_mul(_pairs(a), _pairs(b)).flatten(-2)
 
 @patch
-def turn(self:BankConfig, x:Tensor, a:Tensor) -> Tensor:
-    "Turn the features of x [..., dim] by angles 2 arctan a, [..., dim/2] or [..., 1]; the twin scales them by 1 + a"
+def turn(self:BankConfig,
+    x:Tensor, # [..., dim]
+    a:Tensor  # [..., dim/2], or [..., 1] for all features alike
+) -> Tensor:  # [..., dim]
+    "Turn the features of x by the angles 2 arctan a; the twin scales them by 1 + a"
     return (_pairs(x)*(1 + a)[..., None] if self.real else phase_mul(_pairs(x), cayley(a))).flatten(-2)
 
 def _pairs(x): return x.unflatten(-1, (-1, 2))
 def _rms(x): return F.rms_norm(x, x.shape[-1:])
+def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/25_banks.ipynb #c014
 BANKS = Registry('bank')
@@ -83,7 +93,6 @@ class PhaseBank(nn.Module):
     ):
         super().__init__()
         self.config = config
-
         self.build(config)
 
     def build(self, c): pass # makes the layers
@@ -96,7 +105,10 @@ class PhaseBank(nn.Module):
     ) -> tuple:             # (what the bank makes of every position [batch, time, dim], state)
         if state is None: state = x.new_zeros(x.shape[0], self.reach, x.shape[2], dtype=torch.promote_types(x.dtype, torch.float32))
         seen = torch.cat([state, x], 1)
-        return self.look(seen), seen[:, x.shape[1]:].clone()
+        y = self.look(seen)
+        if y.shape != x.shape:
+            raise ValueError(f'{type(self).__name__}.look must give a vector for every new position, {list(x.shape)}, not {list(y.shape)}')
+        return y, seen[:, x.shape[1]:].clone()
 
 # %% ../nbs/25_banks.ipynb #c022
 def _number(start): return nn.Parameter(torch.tensor([float(start)])) # a learned one
@@ -201,9 +213,8 @@ class InterferenceCoupler(nn.Module):
     def loss(self, outputs): return outputs[0].new_zeros((), dtype=torch.float32)
 
 # %% ../nbs/25_banks.ipynb #c051
-def _agreement(outputs): # coherence of every two banks [..., pairs]; of one bank [..., 0]
-    pairs = [coherence(_pairs(a.float()), _pairs(b.float())) for a, b in combinations(outputs, 2)]
-    return torch.stack(pairs, -1) if pairs else outputs[0].new_zeros(*outputs[0].shape[:-1], 0).float()
+def _agreement(outputs): # coherence of every two banks [..., pairs]
+    return torch.stack([coherence(_pairs(_wide(a)), _pairs(_wide(b))) for a, b in combinations(outputs, 2)], -1)
 
 @register_coupler('document')
 class DocumentCoupler(InterferenceCoupler):
@@ -232,8 +243,8 @@ class RouterCoupler(InterferenceCoupler):
         self.angle = nn.Parameter(torch.zeros(n))
 
     def weights(self, outputs): # n times [batch, time, dim] -> [batch, time, n], positive, summing to 1
-        power = torch.stack([2*o.float().square().mean(-1) for o in outputs], -1)
-        return self.down(F.gelu(self.up(power))).float().softmax(-1)
+        power = torch.stack([2*_wide(o).square().mean(-1) for o in outputs], -1)
+        return _wide(self.down(F.gelu(self.up(power)))).softmax(-1)
 
     def forward(self, outputs):
         turned = (self.config.turn(o, a) for o, a in zip(outputs, self.angle.split(1)))
