@@ -106,8 +106,7 @@ class PhaseBank(nn.Module):
         if state is None: state = x.new_zeros(x.shape[0], self.reach, x.shape[2], dtype=torch.promote_types(x.dtype, torch.float32))
         seen = torch.cat([state, x], 1)
         y = self.look(seen)
-        if y.shape != x.shape:
-            raise ValueError(f'{type(self).__name__}.look must give a vector for every new position, {list(x.shape)}, not {list(y.shape)}')
+        if y.shape != x.shape: raise ValueError(f'{type(self).__name__}.look must give {list(x.shape)}, a vector for every new position, not {list(y.shape)}')
         return y, seen[:, x.shape[1]:].clone()
 
 # %% ../nbs/25_banks.ipynb #c022

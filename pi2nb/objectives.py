@@ -70,7 +70,8 @@ def ce_objective(p:ModelPass) -> Tensor: # nats per token that is no padding
 @register_objective('coherence')
 def coherence_objective(p:ModelPass) -> Tensor: # from 0 to 2
     "How far neighbours differ: mean of 1 minus the coherence of z at t and at t + 1"
-    return _mean(1 - coherence(p.z[:, :-1], p.z[:, 1:]), p.real[:, :-1] & p.real[:, 1:])
+    z, real = p.z, p.real
+    return _mean(1 - coherence(z[:, :-1], z[:, 1:]), real[:, :-1] & real[:, 1:])
 
 def _mean(x, real): return (x*real).sum()/real.sum().clamp(min=1) # over the positions that are no padding
 
