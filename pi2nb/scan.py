@@ -278,7 +278,8 @@ def linear_scan(
     "All states, the fastest way on this device, differentiable once; raises ValueError on shapes that do not fit"
     if path not in (None, *_PASSES): raise ValueError(f"path must be one of {', '.join(_PASSES)}, not {path!r}")
     if path == 'triton' and not triton: raise ValueError("path 'triton' needs triton: pip install triton")
-    if path is None: path = 'compiled' if b.device.type == 'cpu' else 'triton' if triton and b.is_cuda else 'chunked'
+    if path is None and not torch.compiler.is_compiling(): path = 'compiled' if b.device.type == 'cpu' else 'triton' if triton and b.is_cuda else None
+    path = path or 'chunked'
     if path == 'compiled' and not compile_c(_SCAN_C): path = 'loop'
     if path == 'chunked' and log: return scan_chunked(a, b, h0, log=True)
     a, b, h0 = _checked(a, b, h0)

@@ -255,3 +255,10 @@ for dtype in (torch.float32, torch.float64):
             out.append([h, *torch.autograd.grad(h, x, g)])
         for p, q in zip(*out): assert p.dtype == dtype and torch.allclose(p, q, atol=1e-5), (dtype, B, T, C)
 ''', TRITON_INTERPRET='1')
+
+
+def test_under_torch_compile():
+    a, b, h0 = (t.requires_grad_() for t in steps(8, T=9))
+    f = torch.compile(linear_scan, backend='eager', fullgraph=True)
+    for x, y in zip(torch.autograd.grad(f(a, b, h0).sum(), (a, b, h0)), torch.autograd.grad(scan_loop(a, b, h0).sum(), (a, b, h0))): assert close(x, y)
+    torch.compiler.reset()
