@@ -177,10 +177,10 @@ def compile_c(
 ) -> ctypes.CDLL|None: # the loaded library; None, and one warning, where it cannot be compiled
     "A C source, compiled by the system's compiler at first use and kept in the user's cache folder"
     cc = next(filter(None, map(shutil.which, ('cc', 'gcc', 'clang'))), None)
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path('~/.cache').expanduser())/'pi2nb'
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'))/'pi2nb'
     if os.environ.get('PI2NB_NO_COMPILER') != '1':
         with tempfile.TemporaryDirectory() as temporary:
-            for flags, folder in product(_FLAGS if cc else (), (cache, Path(temporary))):
+            for flags, folder in product(_FLAGS if cc else (), filter(Path.is_absolute, (cache, Path(temporary)))):
                 try: return _built(source, cc, flags, folder)
                 except (OSError, subprocess.CalledProcessError): pass
         warnings.warn('No C compiler could build this, so a slower path is taken: install one (for example `apt install gcc`), '
