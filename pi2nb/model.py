@@ -18,6 +18,7 @@ from .quantlinear import QuantLinear, QuantEmbedding, coded_state, holdings, sto
 from .attention import GQABlock, MLP
 from .cfc import CfCBlock
 from .oscillator import DampedOscillator, OscillatorySSM
+from .delta import DeltaMemory
 from .memory import SlotMemory
 from .banks import Banks
 from .recursion import RecursiveCore
@@ -61,11 +62,15 @@ def _mlp(c): return MLP(c.dim, round(c.dim*c.mlp_ratio), c.mlp, c.code)
 @register_mixer('Recursive')
 def _recursive(c): return RecursiveCore(_gqa(c), _mlp(c), c.depth)
 
+# %% ../nbs/41_model.ipynb #new1
 @register_mixer('Damped')
 def _damped(c): return DampedOscillator(c.dim, code=c.code, gate_code=c.gate_code)
 
 @register_mixer('Oscillator')
 def _oscillator(c): return OscillatorySSM(c.dim, code=c.code, gate_code=c.gate_code)
+
+@register_mixer('Delta')
+def _delta(c): return DeltaMemory(c.dim, c.heads, c.code, c.gate_code, c.real)
 
 @register_mixer('Slots')
 def _slots(c): return SlotMemory(c.dim, c.slots, code=c.code, gate_code=c.gate_code, room=c.slots)
