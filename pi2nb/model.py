@@ -202,7 +202,14 @@ _GRID = _SHAPE | dict(code='pi2-8', gate_code='pi2-8', embed_code='pi2-8')
 register_recipe(Recipe('pi2', 'integers times π/2 that learn by carry-and-snap: no shadow, no random rounding, the same file on 1 to 4 workers',
     _GRID, dict(optimizer='carry', lr=1., rest_lr=4., micro=4)))
 register_recipe(Recipe('ghost', 'integers that learn by counting votes: no float between gradient and weight; as repeatable as pi2',
-    _GRID, dict(optimizer='votes', lr=1., rest_lr=4., micro=4)));
+    _GRID, dict(optimizer='votes', lr=1., rest_lr=4., micro=4)))
+
+# %% ../nbs/41_model.ipynb #new1
+def _field(pairs, **kw): return dict(layout=f'[Damped, Delta]*{pairs}', **kw)
+
+register_recipe(Recipe('qpf', 'oscillators and a complex matrix memory in turn: time linear in the length of a text, a state that does not grow',
+    _field(2, dim=192), sizes=dict(tiny=_field(2, dim=64, heads=2), small=_field(4, dim=256), medium=_field(6, dim=512, heads=8),
+                                   large=_field(8, dim=768, heads=12))));
 
 # %% ../nbs/41_model.ipynb #c028
 @torch.no_grad()
