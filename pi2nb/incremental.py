@@ -13,15 +13,20 @@ from torch import nn, Tensor
 import torch.nn.functional as F
 from .tokenizer import ByteTokenizer
 from .corpus import Corpus, WindowSampler
+from .delta import DeltaMemory
 from .memory import SlotMemory, memorize, remember
 from .model import LM, register_mixer
 from .evaluate import bits_per_byte
 from .train import Trainer, configure
 
-# %% ../nbs/72d_incremental.ipynb #c005
+# %% ../nbs/72d_incremental.ipynb #c007
 @register_mixer('SlotMemory')
 def _slot_memory(c): return SlotMemory(c.dim, 512, 32, c.code, c.gate_code, room=2048)
 
+@register_mixer('DeltaMemory')
+def _delta_memory(c): return DeltaMemory(c.dim, c.heads, c.code, c.gate_code)
+
+# %% ../nbs/72d_incremental.ipynb #c009
 _SMALL = dict(layout='CfC, SlotMemory, CfC, SlotMemory', dim=128, steps=300, context=128, precision='fp32')
 _TOK, _SHARE = ByteTokenizer(), .5 # part of the tokens that are written
 
@@ -42,7 +47,7 @@ def learn_writing(
     for m in _slots_of(t.lm): m.forget()
     return t.lm.eval().requires_grad_(False)
 
-# %% ../nbs/72d_incremental.ipynb #c006
+# %% ../nbs/72d_incremental.ipynb #c013
 def absorb(
     lm:LM,              # with slot memories; they get shards, no weight moves
     text:bytes,         # of corpus B
@@ -55,7 +60,7 @@ def absorb(
             m.attach(m.create_shard(len(m.importance)))
             m.forget()
 
-# %% ../nbs/72d_incremental.ipynb #c007
+# %% ../nbs/72d_incremental.ipynb #c018
 def fine_tune(
     lm:LM,            # stays as it is
     text:bytes,       # of corpus B, read once
@@ -73,7 +78,7 @@ def fine_tune(
         opt.zero_grad(); loss.backward(); opt.step()
     return new.eval().requires_grad_(False)
 
-# %% ../nbs/72d_incremental.ipynb #c008
+# %% ../nbs/72d_incremental.ipynb #c021
 class Primed:
     "A model that has read a text already: the state it was left in is where every other text starts"
     @torch.no_grad()
@@ -86,7 +91,7 @@ class Primed:
 
     def __call__(self, ids, state=None): return self.lm(ids, state or self.state)
 
-# %% ../nbs/72d_incremental.ipynb #c009
+# %% ../nbs/72d_incremental.ipynb #c025
 SIZES = 4096, 16384, 65536 # bytes of corpus B
 RATES = 3e-4, 1e-3, 3e-3   # of fine-tuning
 
@@ -101,7 +106,7 @@ def methods(
     yield 'state', Primed(lm, text)
     for r in RATES: yield f'fine-tuning, rate {r:g}', fine_tune(lm, text, r)
 
-# %% ../nbs/72d_incremental.ipynb #c010
+# %% ../nbs/72d_incremental.ipynb #c027
 def gain_and_loss(
     lm:LM,         # trained on corpus A
     a:bytes,       # held-out text of A

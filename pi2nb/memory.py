@@ -127,8 +127,8 @@ def consolidate(self:SlotMemory,
 
 @patch
 def forget(self:SlotMemory):
-    "Empty all written slots; learned ones and attached shards stay"
-    self.importance.zero_()
+    "Empty all written slots, so that nothing of them is left; learned ones and attached shards stay"
+    for t in (self.written_keys, self.written_values, self.importance): t.zero_()
 
 # %% ../nbs/24_memory.ipynb #c042
 @dataclass
