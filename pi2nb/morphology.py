@@ -331,7 +331,7 @@ def train(cls:MorphTokenizer,
     n = np.r_[np.bincount(raw, minlength=256)*.01, [found[m] + 1. for m in best]]
     while len(items) > vocab_size: items, n = _shrunk(items, _counted(items, n, chunks)[2], chunks, vocab_size)
     n = _counted(items, _counted(items, n, chunks)[2], chunks)[2]
-    order = [*range(256), *sorted(range(256, len(items)), key=lambda i: (2, 3, 0)[items[i][1] - 1])] # prefixes, suffixes, roots
+    order = [*range(256), *sorted(range(256, len(items)), key=lambda i: {0: 0, 2: 1, 1: 2}[items[i][1]])] # prefixes, suffixes, roots
     costs, kinds = np.round(-100*np.log((n + .5)/n.sum())).astype(int)[order].tolist(), [k for _,k in items]
     return cls([items[i][0].decode('latin-1') for i in order[256:]], costs, kinds.count(0), kinds.count(2))
 

@@ -44,6 +44,13 @@ def test_tokens_stand_in_the_order_prefixes_root_suffixes(tok):
         for a, b in zip(kinds, kinds[1:]): assert (a, b) not in ((0, 2), (1, 0), (2, 0))
 
 
+def test_pieces_keep_their_classes(tok):
+    known = dict(prefix=set(tok.pieces[256:256 + tok.prefixes]), suffix=set(tok.pieces[256 + tok.prefixes:][:tok.suffixes]),
+                 root=set(tok.pieces[256 + tok.prefixes + tok.suffixes:]))
+    assert {b's', b'ing', b'ed'} <= known['suffix'] and {b' the', b' statement'} <= known['root'] and len(known['root']) > 300
+    assert len(tok.encode(b' the statement')) == 2
+
+
 def test_the_cut_is_the_cheapest_of_all():
     rng, letters = np.random.RandomState(1), [(bytes([b]), 1, 50) for b in b'abc']
     for _ in range(60):
