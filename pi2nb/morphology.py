@@ -345,19 +345,20 @@ def _turned(x, turns): # complex features [..., 2n] (first half real) times e^(2
 
 # %% ../nbs/31_morphology.ipynb #c065
 class MorphEmbedding(QuantEmbedding):
-    "Rows for roots, turns for affixes: a suffix is embedded as its root, turned by the affixes of the word so far"
+    "Rows for tokens, turns for affixes: a suffix is embedded as its root, turned by the affixes of the word so far"
     def __init__(self,
         vocab:int,    # tokens, numbered as `MorphTokenizer` does
         dim:int,      # length of each vector, even: the real parts, then the imaginary parts
         prefixes:int, # ids from 256 on
         suffixes:int, # ids after them
-        code='int8'   # of the table: a `Codebook`, its name, or None for float32
+        code='int8',  # of the table: a `Codebook`, its name, or None for float32
+        rows:bool=True # does a suffix have a row of its own, added to the turned root; False is the document's form
     ):
         if dim % 2: raise ValueError(f'a complex vector has an even number of features, not {dim}')
         if min(prefixes, suffixes) < 0 or 256 + prefixes + suffixes > vocab:
             raise ValueError(f'{prefixes} prefixes and {suffixes} suffixes do not fit in {vocab} tokens behind 256 bytes')
         super().__init__(vocab, dim, code)
-        self.prefixes, self.suffixes = prefixes, suffixes
+        self.prefixes, self.suffixes, self.rows = prefixes, suffixes, rows
         self.turns = nn.Parameter(torch.randn(prefixes + suffixes, dim//2)/8) # full circles
 
 @patch
@@ -394,4 +395,5 @@ def forward(self:MorphEmbedding,
     last = (torch.arange(T + 1, device=ids.device)*root).cummax(1)[0]
     rows = rows.gather(1, last[..., None].expand(-1, -1, D))
     x = torch.where(prefix[..., None], e, _turned(rows[:, 1:], sums[:, 1:]))
+    if self.rows: x = x + e*suffix[..., None]
     return x, (rows[:, -1], sums[:, -1], waiting[:, -1].float())
