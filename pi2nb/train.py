@@ -210,7 +210,8 @@ def train_step(self:Trainer) -> tuple: # (loss in nats per token, gradient norm)
     for o in self.opts: o.step()
     self.governor.observe(self.rate)
     self.lm.zero_grad(set_to_none=True)
-    if self.cfg.remember and self.slots: remember(self.lm, *(t.to(self.device) for t in self.windows.batch_at(self.step)), share=self.cfg.remember)
+    if self.cfg.remember and self.slots:                               # only now, so that no token helps to predict itself
+        remember(self.lm, *(t.to(self.device) for t in self.windows.batch_at(self.step)), share=self.cfg.remember)
     self.step += 1
     return loss, norm
 
