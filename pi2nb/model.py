@@ -204,7 +204,7 @@ register_recipe(Recipe('pi2', 'integers times π/2 that learn by carry-and-snap:
 register_recipe(Recipe('ghost', 'integers that learn by counting votes: no float between gradient and weight; as repeatable as pi2',
     _GRID, dict(optimizer='votes', lr=1., rest_lr=4., micro=4)))
 
-# %% ../nbs/41_model.ipynb #new1
+# %% ../nbs/41_model.ipynb #a4e54735
 def _field(pairs, **kw): return dict(layout=f'[Damped, Delta]*{pairs}', **kw)
 
 register_recipe(Recipe('qpf', 'oscillators and a complex matrix memory in turn: time linear in the length of a text, a state that does not grow',

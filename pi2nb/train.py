@@ -161,8 +161,7 @@ class Trainer:
         self.opts = make_optimizers(self.lm, cfg.optimizer, cfg.lr, cfg.rest_lr, dtype)
         self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram_nats(ids), opts=self.opts)
         self.governor = TrainingGovernor(self.lm, self.opts, cfg.governor)
-        self.step, self.elapsed, self.rate = 0, 0., 0.
-        self.stopped, self.asked, self.recent = False, False, []
+        self.step, self.elapsed, self.rate, self.stopped, self.asked, self.recent = 0, 0., 0., False, False, []
 
 # %% ../nbs/63_train.ipynb #c017
 @patch(as_prop=True)
