@@ -23,12 +23,13 @@ def objective_without(
     "The document's objective without some of its losses"
     return ' + '.join(n if w == 1 else f'{w}*{n}' for n, w in LOSSES.items() if n not in names)
 
-WHOLE = dict(name='qpf', **FLOAT, layout='Banks, [Damped, Delta]*2, Slots', dim=64, heads=2, banks=', '.join(FIVE), coupler='router',
-             objective=objective_without(), batch=8, context=256, steps=200, rest_lr=.032,
-             eval_every=200, eval_bytes=65536, save_every=200)
+WHOLE = dict(name='qpf', **FLOAT, layout='Banks, [Damped, Delta]*2, Slots', dim=64, heads=2, kv_heads=2, banks=', '.join(FIVE), coupler='router',
+             objective=objective_without(), batch=8, context=256, steps=150, rest_lr=.032,
+             eval_every=150, eval_bytes=32768, save_every=150)
 
 # %% ../nbs/72b_field.ipynb #c010
-_CORE = dict(layout='[Damped, Delta]*2', objective='ce')
+_CORE, _GPT = (dict(layout=l, objective='ce') for l in ('[Damped, Delta]*2', 'GQA*4'))
+_Q2 = dict(code='q2', gate_code='int8', embed_code='int8', rest_lr=.004)
 PARTS = {'the whole': {}} | {f'no {b} bank': dict(banks=', '.join(x for x in FIVE if x != b)) for b in FIVE} | {
     'no banks': dict(layout='[Damped, Delta]*2, Slots', objective=objective_without('coupling')),
     'mean for a coupler': dict(coupler='mean'),
@@ -43,7 +44,9 @@ PARTS = {'the whole': {}} | {f'no {b} bank': dict(banks=', '.join(x for x in FIV
     'real numbers': dict(real=True, layout='Banks, [CfC, Delta]*2, Slots'),
     'the core alone': _CORE,
     'the core in real numbers': _CORE | dict(real=True, layout='[CfC, Delta]*2'),
-    'transformer': dict(layout='GQA*4', kv_heads=2, window=256, objective='ce')}
+    'transformer': _GPT,
+    'the core in two bits': _CORE | _Q2,
+    'the transformer in two bits': _GPT | _Q2}
 
 # %% ../nbs/72b_field.ipynb #c013
 def head_of(
