@@ -148,15 +148,15 @@ class DeltaMemory(nn.Module):
         gate_code = 'int8',  # how the matrix of decays, strengths and turns is held
         real:bool = False,   # the real twin
         strength:float = 2., # largest write strength; above 1 a write can flip what was stored
-        grain:int = 1        # turns are rounded to multiples of this, in 2^-32 circle
+        turn:int = 0         # smallest turn of a head in 2^-32 circle: 1, or `QUARTER`; 0: heads do not turn
     ):
         super().__init__()
         if min(dim, heads) < 1 or dim % (2*heads):
             raise ValueError(f'dim {dim} does not divide into {heads} heads of even size; choose heads that fit')
-        self.heads, self.size, self.strength, self.grain = heads, dim//heads, strength, grain
-        self.turns = 0 if real else self.size//2
-        self.qkv, self.gate, self.out = (QuantLinear(dim, n*dim, code) for n in (3, 1, 1))
-        self.control = QuantLinear(dim, heads*(2 if real else 3), gate_code)
+        if real and turn: raise ValueError('real keys have no angle; leave turn at 0, or real at False')
+        self.heads, self.size, self.strength, self.real, self.turn = heads, dim//heads, strength, real, turn
+        self.qkv, self.out = QuantLinear(dim, 3*dim, code), QuantLinear(dim, dim, code)
+        self.control = QuantLinear(dim, heads*(3 if turn else 2), gate_code)
         self._start()
 
 # %% ../nbs/24a_delta.ipynb #c047
@@ -164,27 +164,27 @@ class DeltaMemory(nn.Module):
 def _start(self:DeltaMemory): # the learned vectors, and a silent output
     h, dim = self.heads, self.heads*self.size
     self.conv = nn.Parameter(.1*torch.randn(4, 3*dim) + torch.tensor([0, 0, 0, 1.])[:, None])
-    self.fade = nn.Parameter(torch.expm1(1/torch.logspace(4, 11, h, base=2)).log())
+    self.fade = nn.Parameter(torch.expm1(1/torch.logspace(12, 7, h, base=2)).log())
     self.write = nn.Parameter(torch.zeros(h))
-    if self.turns: self.speed = nn.Parameter(torch.zeros(h, self.turns))
+    if self.turn: self.speed = nn.Parameter(torch.zeros(h, self.size//2))
     nn.init.zeros_(self.out.weight)
 
 @patch
 def _empty(self:DeltaMemory, x): # the state before a text
-    B, n = x.shape[0], self.turns or self.size
-    memory = x.new_zeros(B, self.heads, n, n, *[2]*bool(self.turns), dtype=torch.float32)
-    return memory, memory.new_zeros(B, 3, self.conv.shape[1]), memory.new_zeros(B, self.heads, self.turns, dtype=torch.long)
+    B, h, n = x.shape[0], self.heads, self.size//2
+    memory = x.new_zeros(B, h, *((2*n, 2*n) if self.real else (n, n, 2)), dtype=torch.float32)
+    return memory, memory.new_zeros(B, 3, self.conv.shape[1]), memory.new_zeros(B, h, n if self.turn else 0, dtype=torch.long)
 
 # %% ../nbs/24a_delta.ipynb #c048
 @patch
 def _inputs(self:DeltaMemory, p, c, turn): # filtered projections, controls -> q, k, v, log_a, b with the heads first, turns after
-    q, k, v = (p.unflatten(-1, (3, self.heads, self.size))).unbind(2)
-    if self.turns: q, k, v = (torch.view_as_complex(t.unflatten(-1, (-1, 2))) for t in (q, k, v))
+    q, k, v = p.unflatten(-1, (3, self.heads, self.size)).unbind(2)
+    if not self.real: q, k, v = (torch.view_as_complex(t.unflatten(-1, (-1, 2))) for t in (q, k, v))
     k = k/torch.linalg.vector_norm(k, dim=-1, keepdim=True).clamp(min=1e-6)
     c = c.unflatten(-1, (-1, self.heads))
     log_a, b = -F.softplus(c[:, :, 0] + self.fade), self.strength*torch.sigmoid(c[:, :, 1] + self.write)
-    if self.turns:
-        z, turn = turn_sum(c[:, :, 2, :, None]*self.speed, turn, self.grain)
+    if self.turn:
+        z, turn = turn_sum(c[:, :, 2, :, None]*self.speed/16, turn, self.turn)
         q, k = q*z, k*z
     return *(t.transpose(1, 2) for t in (q, k, v, log_a, b)), turn
 
@@ -200,8 +200,8 @@ def forward(self:DeltaMemory,
     with torch.autocast(x.device.type, enabled=False):
         p, past = short_conv(p.float(), past, self.conv.float())
         *inputs, turn = self._inputs(p, c.float(), turn)
-        y, S = delta_chunked(*inputs, torch.view_as_complex(S) if self.turns else S)
+        y, S = delta_chunked(*inputs, S if self.real else torch.view_as_complex(S))
         y = y.transpose(1, 2)
-        if self.turns: y, S = torch.view_as_real(y).flatten(-2), torch.view_as_real(S)
+        if not self.real: y, S = torch.view_as_real(y).flatten(-2), torch.view_as_real(S)
         y = F.rms_norm(y, (self.size,), eps=1e-4).flatten(2).to(x.dtype)
-    return self.out(y*F.silu(self.gate(x))), (S, past, turn)
+    return self.out(y), (S, past, turn)

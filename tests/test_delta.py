@@ -7,8 +7,8 @@ from pi2nb.rotation import QUARTER
 from pi2nb.delta import delta_step, delta_chunked, turn_sum, short_conv, DeltaMemory
 
 quick = settings(max_examples=20, deadline=None)
-KINDS = {'complex': {}, 'real': dict(real=True), 'dense': dict(code=None, gate_code=None),
-         'quarters': dict(code=None, gate_code=None, grain=QUARTER), 'weak': dict(strength=1.)}
+KINDS = {'complex': {}, 'real': dict(real=True), 'dense': dict(code=None, gate_code=None), 'turning': dict(turn=1),
+         'quarters': dict(code=None, gate_code=None, turn=QUARTER), 'weak': dict(strength=1.)}
 every = pytest.mark.parametrize('kind', KINDS)
 
 
@@ -17,7 +17,7 @@ def make(kind, dim=16, heads=2):
     torch.manual_seed(0)
     m = DeltaMemory(dim, heads, **KINDS[kind])
     torch.nn.init.normal_(m.out.weight, std=dim**-.5)
-    if m.turns: torch.nn.init.normal_(m.speed, std=.3)
+    if m.turn: torch.nn.init.normal_(m.speed, std=4)
     return m
 
 
@@ -204,6 +204,7 @@ def test_copies(kind):
 def test_refuses():
     for bad in ((10, 4), (6, 2), (0, 1), (8, 0)):
         with pytest.raises(ValueError, match='heads'): DeltaMemory(*bad)
+    with pytest.raises(ValueError, match='no angle'): DeltaMemory(8, 2, real=True, turn=1)
     args = example(0, 5)
     with pytest.raises(ValueError, match='q and k must be'): delta_chunked(args[0][..., :2], *args[1:])
     with pytest.raises(ValueError, match='q and k must be'): delta_chunked(*args[:3], args[3][..., None], *args[4:])
