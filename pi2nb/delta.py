@@ -166,7 +166,7 @@ def _start(self:DeltaMemory): # the learned vectors, and a silent output
     self.conv = nn.Parameter(.1*torch.randn(4, 3*dim) + torch.tensor([0, 0, 0, 1.])[:, None])
     self.fade = nn.Parameter(torch.expm1(1/torch.logspace(12, 7, h, base=2)).log())
     self.write = nn.Parameter(torch.zeros(h))
-    if self.turn: self.speed = nn.Parameter(torch.zeros(h, self.size//2))
+    if self.turn: self.speed = nn.Parameter(torch.linspace(-8, 8, h*(self.size//2)).view(h, -1))
     nn.init.zeros_(self.out.weight)
 
 @patch

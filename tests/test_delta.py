@@ -17,7 +17,6 @@ def make(kind, dim=16, heads=2):
     torch.manual_seed(0)
     m = DeltaMemory(dim, heads, **KINDS[kind])
     torch.nn.init.normal_(m.out.weight, std=dim**-.5)
-    if m.turn: torch.nn.init.normal_(m.speed, std=4)
     return m
 
 
