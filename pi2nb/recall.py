@@ -166,16 +166,17 @@ def memory_grid(
     layers:list,  # names of `memory_model`
     lengths:list, # to test
     rates:list = (.02, .04, .08), # peak rates, each tried with seed 0
-    more:list = (1, 2),           # further seeds, at the best rate
-    batch:int = 16                # texts in a test
+    more:dict = {}, # layer -> further seeds, at its best rate
+    batch:int = 16  # texts in a test
 ):
-    "Every layer at every rate, then more seeds at its best one"
-    runs, start = [], time.perf_counter()
+    "Every layer at every rate, then more seeds at the best one"
+    runs, best, start = [], {}, time.perf_counter()
     def run(name, lr, seed):
         lm, r = memory_run(name, kind, lr, seed)
         runs.append(r | dict(right=memory_marks(lm, kind, lengths, batch)))
+        seeds = sorted({0, *(s for m in more.values() for s in m)})
+        write_record(path, seeds, time.perf_counter()-start, task=kind, runs=runs)
         return sum(runs[-1]['right'].values())
-    for name in layers:
-        best = max(rates, key=lambda lr: run(name, lr, 0))
-        for seed in more: run(name, best, seed)
-        write_record(path, sorted({0, *more}), time.perf_counter()-start, runs=runs)
+    for name in layers: best[name] = max(rates, key=lambda lr: run(name, lr, 0))
+    for name, seeds in more.items():
+        for seed in seeds: run(name, best[name], seed)
