@@ -194,6 +194,13 @@ _LETTER = rb"(?:[A-Za-z]|[\xc3-\xdf][\x80-\xbf]|[\xe0\xe1\xe3-\xef][\x80-\xbf]{2
 _SIGN = rb"(?:[!-/:-@\[-`{-~]|\xc2[\x80-\xbf]|\xe2[\x80-\xbf]{2})"
 _CHUNK = re.compile(rb" ?%b+(?:(?:'|\xe2\x80\x99)%b+)*| ?%b+| ?[0-9]+| +(?= [^ \n])| +|[\s\S]" % (_LETTER, _LETTER, _SIGN))
 
+def _chunks(raw, size=2**22): # the chunks of a text in their order, some megabytes at a time; none reaches across the end of a line
+    start = 0
+    while start < len(raw):
+        stop = raw.find(b'\n', start + size) + 1 or len(raw)
+        yield from _CHUNK.findall(raw[start:stop])
+        start = stop
+
 def _core(chunk): # the word in a chunk, in small letters; nothing if the chunk is no word
     w = chunk.lstrip(b' ').lower()
     return w if w[:1].isalpha() or b'\xc3' <= w[:1] != b'\xe2' and len(w) > 1 else b''
@@ -261,8 +268,7 @@ def encode(self:MorphTokenizer,
 ) -> np.ndarray:   # uint16 [tokens]
     "The tokens of `text`; raises like `ByteTokenizer.encode`"
     if len(self._words) > 2**18: self._words.clear()
-    chunks = _CHUNK.findall(ByteTokenizer().encode(text).tobytes())
-    get, cut = self._words.get, self._cut
+    chunks, get, cut = _chunks(ByteTokenizer().encode(text).tobytes()), self._words.get, self._cut
     return np.fromiter(chain.from_iterable(get(c) or cut(c) for c in chunks), self._dtype)
 
 # %% ../nbs/31_morphology.ipynb #c048
@@ -323,7 +329,7 @@ def train(cls:MorphTokenizer,
     "Learn a vocabulary; raises ValueError if the text is empty or the vocabulary too small"
     raw = ByteTokenizer().encode(text)
     if not raw.size or vocab_size <= 256: raise ValueError('give some text, and room for more than the 256 bytes')
-    chunks = Counter(_CHUNK.findall(raw.tobytes()))
+    chunks = Counter(_chunks(raw.tobytes()))
     found = _morphs(chunks)
     worth = Counter({m: n*len(m[0]) for m, n in (found + _parts(found)).items() if m[1] != 1 or len(m[0]) > 1})
     best = [m for m, _ in worth.most_common(4*vocab_size)]

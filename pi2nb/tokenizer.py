@@ -165,9 +165,12 @@ def encode(self:UnigramTokenizer,
 ) -> np.ndarray:   # uint16 [tokens]
     "The tokens of `text`; raises like `ByteTokenizer.encode`"
     parts = _SPELT.split(ByteTokenizer().encode(text).tobytes().decode('utf-8', 'surrogateescape'))
-    parts[::2] = self._sp.encode(parts[::2])
-    parts[1::2] = [[self._id[bytes([b])] for b in s.encode('utf-8', 'surrogateescape')] for s in parts[1::2]]
-    return np.fromiter(chain.from_iterable(parts), self._dtype)
+    def ids(size=2**14): # of an even number of parts at a time, so that a long text needs little memory
+        for some in (parts[i:i + size] for i in range(0, len(parts), size)):
+            some[::2] = self._sp.encode(some[::2])
+            some[1::2] = [[self._id[bytes([b])] for b in s.encode('utf-8', 'surrogateescape')] for s in some[1::2]]
+            yield from chain.from_iterable(some)
+    return np.fromiter(ids(), self._dtype)
 
 # %% ../nbs/30_tokenizer.ipynb #new13
 @patch(cls_method=True)

@@ -47,7 +47,7 @@ def train_on(
     text:bytes,       # what to learn
     config:LMConfig,  # shape; its vocabulary is replaced by the tokenizer's
     arm:dict=None,    # arguments of `MorphLM`; None is an `LM`
-    steps:int=320,    # optimizer steps
+    steps:int=200,    # optimizer steps
     batch:int=8,      # windows per step
     window:int=256,   # bytes of text per window, on average
     rate:float=1.,    # times the rates of the recipe `dense`

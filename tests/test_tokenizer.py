@@ -37,6 +37,12 @@ def test_lossless_on_what_others_tidy_away(tok, s):
     assert b''.join(tok.decode([i]) for i in ids) == s, 'a token alone stands for the same bytes'
 
 
+def test_many_lines(tok):
+    long = b'\n'.join([b'to be', b'\xff', b''])*12_000
+    ids = tok.encode(long)
+    assert tok.decode(ids) == long and (ids[:9] == tok.encode(long[:99])[:9]).all()
+
+
 def test_str_and_bytes_are_cut_alike(tok):
     s = TEXT[:3000].decode()
     assert (tok.encode(s) == tok.encode(s.encode())).all() and len(tok.encode(s)) < 2000
