@@ -22,15 +22,14 @@ def fading_top(
     scores:Tensor, # one score for each slot [..., slots]
     top:int        # how many slots take part
 ) -> tuple:        # (weights, slots), both [..., top], best first; fewer where there are fewer slots
-    "Softmax over the `top` best, less what the next one would weigh: continuous in the scores"
+    "Softmax over the `top` best and the next one, less what that one weighs: continuous in the scores, and at most 1 in all"
     best, where = scores.topk(min(top + 1, scores.shape[-1]))
-    w = (best - best[..., :1]).exp()
-    if w.shape[-1] > top: w, where = w[..., :top] - w[..., top:], where[..., :top]
-    return w/w.sum(-1, keepdim=True).clamp_min(1e-6), where
+    w = best.softmax(-1)
+    return (w[..., :top] - w[..., top:], where[..., :top]) if w.shape[-1] > top else (w, where)
 
 # %% ../nbs/24_memory.ipynb #c019
 class SlotMemory(nn.Module):
-    "Slots searched by cosine: learned ones, written ones, and those of attached shards; source: the phase-field document"
+    "Slots searched by cosine: learned, written, attached; source: the phase-field document; raises ValueError on sizes below 1"
     def __init__(self,
         dim:int,            # size of input, keys, values and output
         slots:int = 512,    # learned slots
@@ -40,7 +39,7 @@ class SlotMemory(nn.Module):
         room:int = 512      # slots that can be written
     ):
         super().__init__()
-        if min(dim, slots, top) < 1 or room < 0: raise ValueError('dim, slots and top are at least 1, room at least 0')
+        if min(dim, slots, top) < 1 or room < 0: raise ValueError(f'dim, slots and top must be at least 1 and room at least 0, not {dim}, {slots}, {top} and {room}')
         self.dim, self.top = dim, top
         self.query, self.out = QuantLinear(dim, dim, code), QuantLinear(dim, dim, code)
         self.keys, self.values = QuantEmbedding(slots, dim, gate_code), QuantEmbedding(slots, dim, code)

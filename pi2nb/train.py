@@ -70,7 +70,8 @@ def _sensible(cfg): # `cfg`, or ValueError about the first setting that cannot b
     demand('seed', 0 <= cfg.seed < 2**32, 'it must lie between 0 and 2**32 - 1')
     demand('governor', cfg.governor is None or 0 < cfg.governor < 1, 'it must be None, or lie between 0 and 1')
     demand('precision', cfg.precision in ('auto', 'fp32', 'bf16'), "choose 'auto', 'fp32' or 'bf16'")
-    demand('remember', 0 <= cfg.remember <= (cfg.micro == 1), 'it must be a part of the tokens, 0 to 1, and 0 with micro-batches')
+    demand('remember', 0 <= cfg.remember <= 1, 'it is a part of the tokens, from 0 to 1')
+    demand('micro', cfg.micro == 1 or not cfg.remember, 'it must be 1 where slots are written while learning')
     Objective(cfg.objective), _tokenizer_spec(cfg.tokenizer)           # raise on what they cannot read
     return cfg
 
@@ -157,6 +158,7 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         self.lm = LM(recipe(cfg.recipe).config(**cfg.model, vocab=self.tok.vocab_size)).to(self.device)
         self.objective, self.slots = Objective(cfg.objective), [m for m in self.lm.modules() if isinstance(m, SlotMemory)]
+        if cfg.remember and not self.slots: raise ValueError('there is nothing to write into: put Slots into the layout, or set remember=0')
         dtype = torch.bfloat16 if cfg.precision == 'bf16' else torch.float32
         self.opts = make_optimizers(self.lm, cfg.optimizer, cfg.lr, cfg.rest_lr, dtype)
         self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram_nats(ids), opts=self.opts)
@@ -209,7 +211,7 @@ def train_step(self:Trainer) -> tuple: # (loss in nats per token, gradient norm)
     for o in self.opts: o.step()
     self.governor.observe(self.rate)
     self.lm.zero_grad(set_to_none=True)
-    if self.cfg.remember and self.slots:                               # only now, so that no token helps to predict itself
+    if self.cfg.remember:                                              # only now, so that no token helps to predict itself
         remember(self.lm, *(t.to(self.device) for t in self.windows.batch_at(self.step)), share=self.cfg.remember)
     self.step += 1
     return loss, norm
