@@ -43,7 +43,7 @@ class LMConfig:
     vocab:int = 256               # number of tokens
     tied:bool = False             # does the head share the embedding's weights
     code:str|None = 'q2'          # code of the matrices; None is float32
-    gate_code:str|None = 'int8'   # code of projections that set decays
+    gate_code:str|None = 'int8'   # code of what sets decays, gates and searches
     embed_code:str|None = 'int8'  # code of embedding and head
 
     def to_dict(self) -> dict: return asdict(self)
@@ -202,7 +202,7 @@ _GRID = _SHAPE | dict(code='pi2-8', gate_code='pi2-8', embed_code='pi2-8')
 register_recipe(Recipe('pi2', 'integers times π/2 that learn by carry-and-snap: no shadow, no random rounding, the same file on 1 to 4 workers',
     _GRID, dict(optimizer='carry', lr=1., rest_lr=4., micro=4)))
 register_recipe(Recipe('ghost', 'integers that learn by counting votes: no float between gradient and weight; as repeatable as pi2',
-    _GRID, dict(optimizer='votes', lr=1., rest_lr=4., micro=4)))
+    _GRID, dict(optimizer='votes', lr=1., rest_lr=4., micro=4)));
 
 # %% ../nbs/41_model.ipynb #a4e54735
 def _field(pairs, **kw): return dict(layout=f'[Damped, Delta]*{pairs}', **kw)

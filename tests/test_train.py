@@ -194,6 +194,23 @@ def test_no_prediction_looks_ahead(config, at):
     assert looks_ahead(lm, 24, at) == 0
 
 
+@pytest.mark.parametrize('config', [LMConfig(layout=f'{m}*2', dim=32, window=8, code=None, gate_code=None, embed_code=None) for m in MIXERS], ids=list(MIXERS))
+def test_pieces_are_the_whole_and_the_state_does_not_grow(config):
+    torch.manual_seed(1)
+    lm, ids = LM(config), torch.randint(0, 256, (2, 40))
+    with torch.no_grad():
+        [p.add_(torch.randn_like(p)*.1) for p in lm.parameters()]
+        state, out, sizes = None, [], set()
+        for n, piece in enumerate(ids.split([20, 1, 0, 19], 1)):
+            y, state = lm(piece, state)
+            out.append(y)
+            flat, todo = [], [state]
+            while todo: s = todo.pop(); todo.extend(s) if isinstance(s, (list, tuple)) else flat.append(s)
+            sizes.add(sum(t.numel() for t in flat if torch.is_tensor(t)))
+        assert len(sizes) == 1 and all(t.dtype != torch.bfloat16 for t in flat if torch.is_tensor(t))
+        assert torch.allclose(torch.cat(out, 1), lm(ids)[0], atol=1e-4)
+
+
 # The command, in processes of its own
 
 def pi2(*args, cwd, **kw):
