@@ -23,6 +23,9 @@ def test_a_taken_name_stays_with_its_owner():
         return f
     assert make() is not make()                                    # a cell run twice
     with pytest.raises(ValueError, match='taken'): r('a')(print)
+    r('b')(lambda: 1)
+    with pytest.raises(ValueError, match='taken'): r('b')(lambda: 2)   # all lambdas share one name
+    assert r['b']() == 1
     with pytest.raises(ValueError, match='taken'): register_recipe(Recipe('q2', 'another'))
     assert register_recipe(RECIPES['q2']) is RECIPES['q2']
 
