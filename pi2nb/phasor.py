@@ -17,7 +17,7 @@ def _need_even(*sizes):
     if any(n % 2 for n in sizes): raise ValueError(f'complex features are pairs of numbers, so sizes must be even, not {", ".join(map(str, sizes))}')
 
 class PhaseLinear(QuantLinear):
-    "Complex matrix on pairs of features, held in a code: input [..., in_features], output [..., out_features]"
+    "Complex matrix on pairs of features, held in a code: input [..., in_features], output [..., out_features]; raises ValueError on odd sizes"
     def __init__(self,
         in_features:int,  # real numbers in the input, even
         out_features:int, # real numbers in the output, even
@@ -35,7 +35,7 @@ class PhaseLinear(QuantLinear):
 
 # %% ../nbs/15_phasor.ipynb #c022
 class ModReLU(nn.Module):
-    "relu(|z| + b) z/|z| on pairs of features [..., dim]; source: unitary evolution RNNs, arXiv 1511.06464"
+    "relu(|z| + b) z/|z| on pairs of features [..., dim]; raises ValueError on an odd dim; source: arXiv 1511.06464 (unitary evolution RNNs)"
     def __init__(self,
         dim:int,         # real numbers in the input, even
         bias:float = -.1 # b at the start
