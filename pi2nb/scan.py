@@ -272,7 +272,6 @@ def linear_scan(
     a:Tensor,            # what is kept at each step [batch, time, channels]
     b:Tensor,            # what is added at each step [batch, time, channels]
     h0:Tensor = None,    # state before the first step [batch, channels]; zeros if None
-    log:bool = False,    # `a` holds the logarithms of what is kept
     path:str = None      # 'compiled', 'loop', 'chunked' or 'triton'; None: the fastest that there is
 ) -> Tensor:             # every state [batch, time, channels], float32 (float64 for float64 inputs)
     "All states, the fastest way on this device, differentiable once; raises ValueError on shapes that do not fit"
@@ -281,6 +280,4 @@ def linear_scan(
     if path is None and not torch.compiler.is_compiling(): path = 'compiled' if b.device.type == 'cpu' else 'triton' if triton and b.is_cuda else None
     path = path or 'chunked'
     if path == 'compiled' and not compile_c(_SCAN_C): path = 'loop'
-    if path == 'chunked' and log: return scan_chunked(a, b, h0, log=True)
-    a, b, h0 = _checked(a, b, h0)
-    return _LinearScan.apply(a.exp() if log else a, b, h0, path)
+    return _LinearScan.apply(*_checked(a, b, h0), path)
