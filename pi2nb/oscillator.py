@@ -24,7 +24,7 @@ def _modes(dim, state, longest): # -> logarithms of half-lives from 1 token and 
     return k*(log(longest)/max(n-1, 1)), log(4) + (k*.618034 % 1)*log(longest/4)
 
 class OscillatorySSM(nn.Module):
-    "Gated complex recurrence with a fixed rotation per channel; source: the phase-field document"
+    "Gated complex recurrence with a fixed rotation per channel; raises ValueError on sizes that do not fit; source: the phase-field document"
     def __init__(self,
         dim:int,            # size of input and output, even: pairs of features
         state:int = None,   # complex channels; dim/2 if None
@@ -56,7 +56,7 @@ def forward(self:OscillatorySSM,
 
 # %% ../nbs/23_oscillator.ipynb #c043
 class DampedOscillator(nn.Module):
-    "Springs kicked by tokens, solved exactly, with damping from the token; after D-LinOSS, arXiv 2505.12171"
+    "Springs kicked by tokens, solved exactly, with damping from the token; raises ValueError on sizes that do not fit; after D-LinOSS, arXiv 2505.12171"
     def __init__(self,
         dim:int,            # size of input and output
         state:int = None,   # oscillators, complex channels; dim//2 if None
