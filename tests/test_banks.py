@@ -2,7 +2,7 @@
 from copy import deepcopy
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from pi2nb.banks import (BANKS, COUPLERS, BankConfig, Banks, InterferenceCoupler, PhaseBank, RouterCoupler, register_bank,
+from pi2nb.banks import (BANKS, COUPLERS, BankConfig, Banks, Coupler, MeanCoupler, PhaseBank, RouterCoupler, register_bank,
                          register_coupler)
 from pi2nb.quantlinear import coded_state, frozen_copy, hold_integers
 from pi2nb.rotation import cos_sin, phase_mul
@@ -43,7 +43,7 @@ def same_states(a, b): return all(torch.allclose(s, t, atol=1e-6) and s.dtype ==
 
 def test_registered():
     assert [n for n in BANKS if n in OURS] == OURS and list(COUPLERS)[:3] == ['mean', 'document', 'router']
-    assert COUPLERS['mean'] is InterferenceCoupler
+    assert COUPLERS['mean'] is MeanCoupler
 
 
 @real
@@ -211,7 +211,7 @@ def test_a_bank_and_a_coupler_of_ones_own():
         def look(self, seen): return seen[:, 1:] + seen[:, :-1]
 
     @register_coupler('test: last')
-    class Last(InterferenceCoupler):
+    class Last(Coupler):
         def forward(self, said): return said[-1]
     try:
         m, x = layer('test: last', banks='context, test: sum of two'), torch.randn(1, 4, DIM)
