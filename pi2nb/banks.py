@@ -260,7 +260,8 @@ class Banks(nn.Module):
         self.config = c = BankConfig(dim, code, gate_code, real, **sizes)
         names = [n.strip() for n in banks.split(',')]
         self.banks = nn.ModuleList(BANKS[n](c) for n in names)
-        self.coupler, self.out = COUPLERS[coupler](c, len(names)), c.matrix(dim, dim)
+        make = COUPLERS[coupler]
+        self.coupler, self.out = (make if len(names) > 1 else MeanCoupler)(c, len(names)), c.matrix(dim, dim) # one bank has nothing to be coupled with
         nn.init.zeros_(self.out.weight)
 
     def forward(self,

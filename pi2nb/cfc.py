@@ -82,4 +82,4 @@ def forward(self:CfCBlock,
     "Rate and drive from the token, the recurrence over time, then the output matrix"
     if state is None: state = torch.zeros(x.shape[0], x.shape[2], device=x.device)
     h = linear_scan(*cfc_gates(self.rate(x), self.drive(x), self.log_dt), state)
-    return self.out(h.to(x.dtype)), h[:, -1] if x.shape[1] else state
+    return self.out(h.to(x.dtype)), h[:, -1].clone() if x.shape[1] else state

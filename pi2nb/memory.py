@@ -112,9 +112,10 @@ def write(self:SlotMemory,
     known = ((keys@self.written_keys.T >= near) & (self.importance > 0)).any(1)
     self._merge(keys[known], values[known], momentum)
     keys, values = keys[~known], values[~known]
-    again = (keys@keys.T >= near).tril(-1).any(1)
-    self._place(keys[~again], values[~again])
-    self._merge(keys[again], values[again], momentum)
+    like, first = (keys@keys.T >= near).tril(-1), torch.zeros_like(known[:len(keys)])
+    for i in range(len(keys)): first[i] = not (like[i] & first).any()          # unlike every earlier one that has a slot
+    self._place(keys[first], values[first])
+    self._merge(keys[~first], values[~first], momentum)
 
 # %% ../nbs/24_memory.ipynb #c038
 @patch

@@ -245,6 +245,7 @@ class MorphTokenizer(PieceTokenizer):
         suffixes:int  # how many come after them and are suffixes
     ):
         roots = len(pieces) - prefixes - suffixes
+        if not all(type(c) is int and abs(c) < 2**40 for c in costs): raise ValueError('costs are whole numbers; train a tokenizer with `train`')
         if len(costs) != 256 + len(pieces) or min(prefixes, suffixes, roots) < 0: raise ValueError('pieces, costs and classes differ in number; train one with `train`')
         super().__init__([bytes([b]) for b in range(256)] + [p.encode('latin-1') for p in pieces])
         self.costs, self.prefixes, self.suffixes = list(costs), prefixes, suffixes

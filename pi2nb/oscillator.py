@@ -52,7 +52,7 @@ def forward(self:OscillatorySSM,
     log_r = F.logsigmoid(-z) + (.5 + .5*self.damping.sigmoid()).log()
     b = self.drive(x)*z.sigmoid().repeat_interleave(2, -1)
     h = complex_scan(log_r, self.angle.atan()/pi, b, state)
-    return self.out(h.to(x.dtype)) + self.skip(x), h[:, -1] if x.shape[1] else state
+    return self.out(h.to(x.dtype)) + self.skip(x), h[:, -1].clone() if x.shape[1] else state
 
 # %% ../nbs/23_oscillator.ipynb #c043
 class DampedOscillator(nn.Module):
@@ -83,4 +83,4 @@ def forward(self:DampedOscillator,
     kick = self.drive(x)*(-torch.expm1(2*log_r)).clamp(min=1e-12).sqrt()
     b = torch.stack([kick, torch.zeros_like(kick)], -1).flatten(-2)
     h = complex_scan(log_r, (-self.log_period).exp(), b, state)
-    return self.out(h.to(x.dtype)), h[:, -1] if x.shape[1] else state
+    return self.out(h.to(x.dtype)), h[:, -1].clone() if x.shape[1] else state

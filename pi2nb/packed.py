@@ -115,8 +115,8 @@ KERNELS.update(whole=whole_product, blocks=block_product)
 
 # %% ../nbs/14_packed.ipynb #94fa95fb
 def _weight_of(m, kind, magnitudes): # a layer -> its packed weight
-    if not isinstance(m, kind) or m.code is None:
-        raise ValueError(f'{type(m).__name__} is no {kind.__name__} with a code; make it one with `{kind.__name__}.from_float`')
+    if not isinstance(m, kind) or type(m).forward is not kind.forward or m.code is None:
+        raise ValueError(f'{type(m).__name__} is no plain {kind.__name__} with a code; make it one with `{kind.__name__}.from_float`')
     return PackedWeight(m.coded(), magnitudes, m.weight.dtype)
 
 def _as_weight(w):
@@ -182,6 +182,7 @@ class PackedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = self.weight.shape
 
     def forward(self, x): return self.weight.rows(x.flatten()).view(*x.shape, self.embedding_dim).to(self.weight.dtype)
+    def held_weight(self): return self(torch.arange(self.num_embeddings, device=self.weight.symbols.device))
     def extra_repr(self): return f'{self.num_embeddings}, {self.embedding_dim}'
 
 @patch(cls_method=True)
@@ -199,7 +200,8 @@ def pack_model(
     magnitudes:bool = False # make the scales parameters
 ) -> nn.Module:             # the same model, or its packed form if it is a single layer
     "Every `QuantLinear` and `QuantEmbedding` with a code, frozen or learning, replaced by its packed form"
-    layers = [m for m in model.modules() if isinstance(m, (QuantLinear, QuantEmbedding)) and m.code is not None]
+    plain = QuantLinear.forward, QuantEmbedding.forward                # a subclass that computes something else stays as it is
+    layers = [m for m in model.modules() if type(m).forward in plain and m.code is not None]
     weights, packed = {}, {}
     for m in layers:
         key = id(m.weight), m.code, id(m.gain)

@@ -7,6 +7,7 @@ __all__ = ['scan_step', 'scan_loop', 'scan_chunked', 'compile_c', 'linear_scan']
 
 # %% ../nbs/20_scan.ipynb #c003
 import ctypes, hashlib, os, platform, shutil, subprocess, tempfile, warnings
+from contextlib import nullcontext
 from functools import lru_cache
 from itertools import product
 from math import gcd, isqrt
@@ -38,7 +39,7 @@ def _checked(a, b, h0): # -> a, b, h0 of fitting shapes and one type, float32 at
         raise ValueError(f'a, b and h0 must be on one device, not on {sorted(map(str, devices))}')
     if any(t.is_complex() for t in (a, b, h0)): raise ValueError('a, b and h0 must be real; scan real and imaginary parts as channels')
     wide = torch.float64 if any(t.dtype == torch.float64 for t in (a, b, h0)) else torch.float32
-    return [t.to(wide) for t in (a, b, h0)]
+    return [t.to(wide).resolve_neg() for t in (a, b, h0)]
 
 # %% ../nbs/20_scan.ipynb #c012
 def scan_loop(
@@ -239,7 +240,8 @@ def _backward_kernel(g, a, h, h0, da, db, dh0, T, C, W: constexpr):
 # %% ../nbs/20_scan.ipynb #c047
 def _triton_launch(kernel, like, *tensors, W=32): # the device is that of the tensors
     B, T, C = like.shape
-    if B*C: kernel[(B, -(-C//W))](*tensors, T, C, W, num_warps=1)
+    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
+        if B*C: kernel[(B, -(-C//W))](*tensors, T, C, W, num_warps=1)
 
 def _triton_forward(a, b, h0):
     a, b, h0 = (t.contiguous() for t in (a, b, h0))
@@ -265,7 +267,7 @@ class _LinearScan(torch.autograd.Function): # the recurrence forward, and its gr
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return *_PASSES[ctx.path][1](g, *ctx.saved_tensors), None
+    def backward(ctx, g): return *_PASSES[ctx.path][1](g.resolve_neg(), *ctx.saved_tensors), None
 
 # %% ../nbs/20_scan.ipynb #c050
 def linear_scan(
@@ -277,6 +279,7 @@ def linear_scan(
     "All states, the fastest way on this device, differentiable once; raises ValueError on shapes that do not fit"
     if path not in (None, *_PASSES): raise ValueError(f"path must be one of {', '.join(_PASSES)}, not {path!r}")
     if path == 'triton' and not triton: raise ValueError("path 'triton' needs triton: pip install triton")
+    if dict(compiled='cpu', triton='cuda').get(path, where := b.device.type) != where: raise ValueError(f'path {path!r} does not run on {where}; leave it out')
     if path is None and not torch.compiler.is_compiling(): path = 'compiled' if b.device.type == 'cpu' else 'triton' if triton and b.is_cuda else None
     path = path or 'chunked'
     if path == 'compiled' and not compile_c(_SCAN_C): path = 'loop'

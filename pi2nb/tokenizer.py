@@ -153,6 +153,7 @@ class UnigramTokenizer(PieceTokenizer):
         except (RuntimeError, ValueError): raise ValueError('this is no SentencePiece model; train one with `train`') from None
         self.model = model
         super().__init__([_sp_bytes(self._sp, i) for i in range(self._sp.get_piece_size())])
+        if self.decode(self.encode(probe := ' ﬁ  x ')) != probe.encode(): raise ValueError('this SentencePiece model changes what it reads; train one with `train`')
 
     def to_dict(self): return dict(name=self.name, model=self.model)
 

@@ -315,12 +315,17 @@ def log(self:Trainer,
     with open(self.out/'metrics.jsonl', 'a') as f: f.write(json.dumps(row)+'\n')
     return f"loss {row['loss']:.3f} nats = {row['bpb']:.3f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s"
 
+def _as_learned(slots): # the file holds what was learned, not what was written or attached
+    for m in slots:
+        m.forget()
+        m.detach()
+
 @patch
 def evaluate(self:Trainer) -> float: # bits per byte
     "Score the beginning of the validation text with the weights as the file would hold them"
     text, size = self.corpus.valid[:self.cfg.eval_bytes], self.cfg.context
     lm = frozen_copy(self.lm)
-    for m in lm.modules(): isinstance(m, SlotMemory) and m.forget()    # the file holds what was learned, not what was written
+    _as_learned(m for m in lm.modules() if isinstance(m, SlotMemory))
     return bits_per_byte(lm, self.tok, text, chunk=size, stride=size).bpb
 
 # %% ../nbs/63_train.ipynb #c029
@@ -369,7 +374,7 @@ def pack(self:Trainer) -> dict: # what was written, and the proof
     "Write DIR/model.q2bin, load it again and compare: the largest logit difference must be 0"
     path, cfg = self.out/'model.q2bin', self.cfg
     trained = dict(recipe=cfg.recipe, data=self.corpus.name, text=self.corpus.sha256(), steps=self.step, seed=cfg.seed)
-    for m in self.slots: m.forget()
+    _as_learned(self.slots)
     save_model(self.lm, self.tok, path, dict(trained=trained))
     back, _, _ = load_model(path, device=self.device)
     x, gap = self.windows.batch_at(0)[0].to(self.device), 0.

@@ -4,7 +4,7 @@ from copy import deepcopy
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from pi2nb.model import LM, LMConfig
+from pi2nb.model import LM, LMConfig, MIXERS
 from pi2nb.optim import (CarrySnap, FloatCount, GhostVotes, IntegerRule, OPTIMIZERS, _bit_length, _pack4, _shift, _unpack4, integer_matmul, integer_newton_schulz,
                          make_optimizers, newton_schulz, set_rate, split_params, static_bytes)
 from pi2nb.ghost import GhostLinear
@@ -248,3 +248,18 @@ def test_votes_at_rate_zero_and_ghost_layers():
             loss.backward(), opt.step()
             losses.append(loss.item())
         assert losses[-1] < .7*losses[0]
+
+
+@pytest.mark.parametrize('rule', ['carry', 'votes'])
+@pytest.mark.parametrize('mixer', MIXERS)
+def test_every_mixer_learns_in_integers(mixer, rule):
+    torch.manual_seed(0)
+    grid = dict.fromkeys(('code', 'gate_code', 'embed_code'), 'pi2-8')
+    lm, ids = LM(LMConfig(layout=mixer, dim=16, heads=2, kv_heads=1, window=8, slots=8, **grid)), torch.randint(0, 256, (2, 12))
+    opts = make_optimizers(lm, rule, 1., 4.)
+    before = {n: p.detach().clone() for n, p in lm.named_parameters()}
+    for _ in range(3):
+        torch.nn.functional.cross_entropy(lm(ids)[0].flatten(0, 1), ids.flatten()).backward()
+        for o in opts: o.gather(); o.step()
+        lm.zero_grad(set_to_none=True)
+    assert any(not torch.equal(p, before[n]) for n, p in lm.named_parameters() if p.dtype == torch.uint8)

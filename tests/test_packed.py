@@ -9,7 +9,7 @@ from torch import nn
 
 from pi2nb.codebook import CODES, codebook, hold
 from pi2nb.gray import pack_bits, pack_symbols
-from pi2nb.model import LM, LMConfig
+from pi2nb.model import LM, LMConfig, MIXERS
 from pi2nb.packed import KERNELS, PackedEmbedding, PackedLinear, PackedWeight, decode_packed, pack_model
 from pi2nb.quantlinear import Pi2RMSNorm, QuantEmbedding, QuantLinear, frozen_copy
 import pi2nb.packed as chapter
@@ -208,3 +208,12 @@ def test_a_refused_model_stays_as_it_was():
     n = net()
     with pytest.raises(ValueError): pack_model(n, kernel='fast')
     assert type(n['up']) is QuantLinear and type(n['embed']) is QuantEmbedding
+
+
+@pytest.mark.parametrize('mixer', MIXERS)
+def test_every_mixer_packs_to_the_same_logits(mixer):
+    torch.manual_seed(0)
+    lm, ids = LM(LMConfig(layout=mixer, dim=32, window=8, slots=8)), torch.randint(0, 256, (1, 12))
+    with torch.no_grad(): [p.add_(torch.randn_like(p)*.1) for p in lm.parameters()]
+    ice = frozen_copy(lm)
+    with torch.inference_mode(): assert torch.equal(pack_model(deepcopy(ice))(ids)[0], ice(ids)[0])
