@@ -99,7 +99,7 @@ class Objective:
     def __init__(self,
         text:str = 'ce' # a sum of names, each with a positive weight or none, such as 'ce + .01*coherence'
     ):
-        terms = [_term(t) for t in re.split(r'(?<![eE])\+', text)]
+        terms = [_term(t) for t in re.split(r'(?<![\d.][eE])\+', text)]
         self.weights = dict(terms)
         if 'ce' not in self.weights: raise ValueError(f'the objective {text!r} has no ce, so that nothing would be predicted; add it')
         if len(self.weights) < len(terms): raise ValueError(f'the objective {text!r} names something twice; add the weights up')
