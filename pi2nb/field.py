@@ -43,6 +43,8 @@ PARTS = {'the whole': {}} | {f'no {b} bank': dict(banks=', '.join(x for x in FIV
     'cross-entropy only': dict(objective='ce'),
     'real numbers': dict(real=True, layout='Banks, [CfC, Delta]*2, Slots'),
     'the core alone': _CORE,
+    'matrix memories only': _CORE | dict(layout='Delta*4'),
+    'oscillators only': _CORE | dict(layout='Damped*4'),
     'the core and the context bank': _CORE | dict(layout='Banks, [Damped, Delta]*2', banks='context', coupler='mean'),
     'the core in real numbers': _CORE | dict(real=True, layout='[CfC, Delta]*2'),
     'transformer': _GPT,

@@ -345,17 +345,16 @@ def train(cls:MorphTokenizer,
 register_tokenizer(MorphTokenizer);
 
 # %% ../nbs/31_morphology.ipynb #c061
-def _turned(x, turns): # complex features [..., 2n] (first half real) times e^(2πi turns), turns [..., n] in full circles
-    re, im = x.chunk(2, -1)
-    c, s = (tau*turns).cos(), (tau*turns).sin()
-    return torch.cat([re*c - im*s, re*s + im*c], -1)
+def _turned(x, turns): # pairs of features [..., 2n] times e^(2πi turns), turns [..., n] in full circles
+    (re, im), c, s = x.unflatten(-1, (-1, 2)).unbind(-1), (tau*turns).cos(), (tau*turns).sin()
+    return torch.stack([re*c - im*s, re*s + im*c], -1).flatten(-2)
 
 # %% ../nbs/31_morphology.ipynb #c065
 class MorphEmbedding(QuantEmbedding):
     "Rows for tokens, turns for affixes: a suffix is embedded as its root, turned by the affixes of the word so far"
     def __init__(self,
         vocab:int,    # tokens, numbered as `MorphTokenizer` does
-        dim:int,      # length of each vector, even: the real parts, then the imaginary parts
+        dim:int,      # length of each vector, even: pairs
         prefixes:int, # ids from 256 on
         suffixes:int, # ids after them
         code='int8',  # of the table: a `Codebook`, its name, or None for float32
