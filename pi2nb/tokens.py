@@ -90,7 +90,7 @@ def cost_at(
     total = np.concatenate([[0.], np.cumsum(np.asarray(nats))])
     return float(sum(total[np.searchsorted(end - lengths, b, 'left')] - total[np.searchsorted(end, a, 'right')] for a,b in spans))
 
-# %% ../nbs/72e_tokens.ipynb #c024
+# %% ../nbs/72e_tokens.ipynb #c025
 def morpheme_list(
     path # a file of lines: word, morphemes after the first marked with @@, category; separated by tabs
 ) -> tuple: # (words, their morphemes), in small letters
