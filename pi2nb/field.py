@@ -28,8 +28,6 @@ WHOLE = dict(name='qpf', **FLOAT, layout='Banks, [Damped, Delta]*2, Slots', dim=
              eval_every=150, eval_bytes=32768, save_every=150)
 
 # %% ../nbs/72b_field.ipynb #c010
-_CORE, _GPT = (dict(layout=l, objective='ce') for l in ('[Damped, Delta]*2', 'GQA*4'))
-_Q2 = dict(code='q2', gate_code='int8', embed_code='int8', rest_lr=.004)
 PARTS = {'the whole': {}} | {f'no {b} bank': dict(banks=', '.join(x for x in FIVE if x != b)) for b in FIVE} | {
     'no banks': dict(layout='[Damped, Delta]*2, Slots', objective=objective_without('coupling')),
     'mean for a coupler': dict(coupler='mean'),
@@ -39,7 +37,12 @@ PARTS = {'the whole': {}} | {f'no {b} bank': dict(banks=', '.join(x for x in FIV
     'no matrix memory': dict(layout='Banks, Damped*4, Slots'),
     'no oscillator': dict(layout='Banks, Delta*4, Slots'),
     "the document's oscillator": dict(layout='Banks, [Oscillator, Delta]*2, Slots'),
-} | {f'no {l} loss': dict(objective=objective_without(l)) for l in LOSSES if l != 'ce'} | {
+}
+
+# %% ../nbs/72b_field.ipynb #7eb0ca88
+_CORE, _GPT = (dict(layout=l, objective='ce') for l in ('[Damped, Delta]*2', 'GQA*4'))
+_Q2 = dict(code='q2', gate_code='int8', embed_code='int8', rest_lr=.004)
+PARTS |= {f'no {l} loss': dict(objective=objective_without(l)) for l in LOSSES if l != 'ce'} | {
     'cross-entropy only': dict(objective='ce'),
     'real numbers': dict(real=True, layout='Banks, [CfC, Delta]*2, Slots'),
     'the core alone': _CORE,

@@ -136,6 +136,12 @@ def join_workers(
         atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
+# %% ../nbs/63_train.ipynb #048ecc22
+def _slot_memories(lm, needed=False): # the layers that can be written; ValueError if there must be one and is none
+    slots = [m for m in lm.modules() if isinstance(m, SlotMemory)]
+    if needed and not slots: raise ValueError('there is nothing to write into: put Slots into the layout, or set remember=0')
+    return slots
+
 # %% ../nbs/63_train.ipynb #c015
 class Trainer:
     "A run in progress"
@@ -157,8 +163,7 @@ class Trainer:
         self.windows, self.token_bytes = WindowSampler(ids, cfg.batch, cfg.context, cfg.seed), len(self.corpus.train)/len(ids)
         torch.manual_seed(cfg.seed)
         self.lm = LM(recipe(cfg.recipe).config(**cfg.model, vocab=self.tok.vocab_size)).to(self.device)
-        self.objective, self.slots = Objective(cfg.objective), [m for m in self.lm.modules() if isinstance(m, SlotMemory)]
-        if cfg.remember and not self.slots: raise ValueError('there is nothing to write into: put Slots into the layout, or set remember=0')
+        self.objective, self.slots = Objective(cfg.objective), _slot_memories(self.lm, cfg.remember)
         dtype = torch.bfloat16 if cfg.precision == 'bf16' else torch.float32
         self.opts = make_optimizers(self.lm, cfg.optimizer, cfg.lr, cfg.rest_lr, dtype)
         self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram_nats(ids), opts=self.opts)
@@ -315,6 +320,7 @@ def log(self:Trainer,
     with open(self.out/'metrics.jsonl', 'a') as f: f.write(json.dumps(row)+'\n')
     return f"loss {row['loss']:.3f} nats = {row['bpb']:.3f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s"
 
+# %% ../nbs/63_train.ipynb #36efa360
 def _as_learned(slots): # the file holds what was learned, not what was written or attached
     for m in slots:
         m.forget()
@@ -325,7 +331,7 @@ def evaluate(self:Trainer) -> float: # bits per byte
     "Score the beginning of the validation text with the weights as the file would hold them"
     text, size = self.corpus.valid[:self.cfg.eval_bytes], self.cfg.context
     lm = frozen_copy(self.lm)
-    _as_learned(m for m in lm.modules() if isinstance(m, SlotMemory))
+    _as_learned(_slot_memories(lm))
     return bits_per_byte(lm, self.tok, text, chunk=size, stride=size).bpb
 
 # %% ../nbs/63_train.ipynb #c029
