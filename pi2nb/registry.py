@@ -28,8 +28,10 @@ class Registry(dict):
     def __missing__(self, name):
         raise ValueError(f'unknown {self.kind} {name!r}; choose one of {", ".join(map(str, self)) or "none: nothing is registered"}')
 
+# %% ../nbs/04_registry.ipynb #571d33cd
 def _origin(x): return getattr(x, '__qualname__', None) or repr(x)
 def _same(a, b): # the same thing, or the same definition run again
     if a is b or a == b: return True
     if not all(hasattr(x, '__qualname__') for x in (a, b)) or a.__qualname__.endswith('<lambda>'): return False # all lambdas have one name
-    return (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__)
+    modules = {a.__module__, b.__module__}                                # a chapter that runs as a notebook is the module __main__
+    return a.__qualname__ == b.__qualname__ and (len(modules) == 1 or '__main__' in modules)
