@@ -14,8 +14,7 @@ from torch import nn, Tensor
 import torch.nn.functional as F
 from .tokenizer import ByteTokenizer
 from .corpus import Corpus, WindowSampler
-from .delta import DeltaMemory
-from .memory import SlotMemory, memorize, remember
+from .memory import SlotMemory, _slot_memories, memorize
 from .model import LM, register_mixer
 from .evaluate import bits_per_byte
 from .train import Trainer, configure
@@ -24,14 +23,9 @@ from .train import Trainer, configure
 @register_mixer('SlotMemory')
 def _slot_memory(c): return SlotMemory(c.dim, 512, 32, c.code, c.gate_code, room=2048)
 
-@register_mixer('DeltaMemory')
-def _delta_memory(c): return DeltaMemory(c.dim, c.heads, c.code, c.gate_code)
-
 # %% ../nbs/72d_incremental.ipynb #c009
 _SMALL = dict(layout='CfC, SlotMemory, CfC, SlotMemory', dim=128, steps=300, context=128, precision='fp32')
 _TOK, _SHARE = ByteTokenizer(), .5 # part of the tokens that are written
-
-def _slots_of(lm): return [m for m in lm.modules() if isinstance(m, SlotMemory)]
 
 def learn_writing(
     corpus:Corpus,       # corpus A
@@ -40,12 +34,9 @@ def learn_writing(
     **changes            # settings for `configure`
 ) -> LM:                 # in eval mode, without gradients, its slots empty
     "Train a small model with slot memories, and write each batch after the step that learned from it"
-    t = Trainer(configure('dense', **_SMALL | changes, seed=seed), '', corpus, 'cpu')
-    for i in range(t.cfg.steps):
-        batch = t.windows.batch_at(i)
-        t.train_step()
-        if writes: remember(t.lm, *batch, share=_SHARE)
-    for m in _slots_of(t.lm): m.forget()
+    t = Trainer(configure('dense', **_SMALL | changes, seed=seed, remember=_SHARE if writes else 0.), '', corpus, 'cpu')
+    for _ in range(t.cfg.steps): t.train_step()
+    for m in t.slots: m.forget()
     return t.lm.eval().requires_grad_(False)
 
 # %% ../nbs/72d_incremental.ipynb #c013
@@ -58,7 +49,7 @@ def absorb(
     new = deepcopy(lm)
     for i in range(0, len(text), piece):
         memorize(new, _TOK, text[i:i + piece], _SHARE)
-        for m in _slots_of(new):
+        for m in _slot_memories(new):
             m.attach(m.create_shard(len(m.importance)))
             m.forget()
     return new
@@ -112,7 +103,7 @@ def gain_and_loss(
     for n, name, way in [(0, 'nothing', lambda m, text: m)] + [(n, *w) for n in sizes for w in ways.items()]:
         start = time.process_time()
         m = way(lm, b.train[:n])
-        took, slots = time.process_time() - start, sum(len(s.shard_keys) for s in _slots_of(getattr(m, 'lm', m)))
+        took, slots = time.process_time() - start, sum(len(s.shard_keys) for s in _slot_memories(getattr(m, 'lm', m)))
         a_bpb, b_bpb = (bits_per_byte(m, _TOK, t).bpb for t in (a, b.valid[:held]))
         rows.append(dict(way=name, bytes=n, a=a_bpb, b=b_bpb, seconds=took, slots=slots))
     return rows

@@ -7,6 +7,7 @@ __all__ = ['fading_top', 'SlotMemory', 'Shard', 'remember', 'memorize']
 
 # %% ../nbs/24_memory.ipynb #c003
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, log
 from pathlib import Path
@@ -193,6 +194,17 @@ def load(cls:Shard,
     try: return cls(**safetensors.torch.load(Path(path).read_bytes()))
     except Exception: raise ValueError(f'{path} is no shard, or a damaged one; copy it again or make it anew') from None
 
+# %% ../nbs/24_memory.ipynb #bc3644c1
+def _slot_memories(lm): return [m for m in lm.modules() if isinstance(m, SlotMemory)]
+
+@contextmanager
+def _inputs_of(modules): # a list of (module, what it reads), in the order in which the model calls them inside the block
+    seen = []
+    hooks = [m.register_forward_pre_hook(lambda m, args: seen.append((m, args[0]))) for m in modules]
+    try: yield seen
+    finally:
+        for h in hooks: h.remove()
+
 # %% ../nbs/24_memory.ipynb #c053
 @torch.no_grad()
 def remember(
@@ -203,18 +215,16 @@ def remember(
     share:float = .1    # part of the tokens to write, the most surprising ones
 ) -> tuple:             # (nats that each token cost before it was written [batch, time], state)
     "Read a text, then write its surprises into every `SlotMemory` of the model; no parameter changes"
-    layers, seen = [m for m in lm.modules() if isinstance(m, SlotMemory)], {}
+    layers = _slot_memories(lm)
     if not layers: raise ValueError('this model has no slot memory; put a SlotMemory into its layout')
     if not 0 < share <= 1: raise ValueError(f'share is a part of the tokens above 0 and up to 1, not {share}')
-    hooks = [m.register_forward_pre_hook(lambda m, args: seen.__setitem__(m, args[0])) for m in layers]
-    try: logits, state = lm(ids, state)
-    finally: [h.remove() for h in hooks]
+    with _inputs_of(layers) as seen: logits, state = lm(ids, state)
     nats = F.cross_entropy(logits.flatten(0, 1).float(), answers.flatten(), reduction='none')
     at = nats.topk(ceil(share*len(nats))).indices.sort().values
     values = lm.embed(answers.flatten()[at]).float()
-    for m in layers:
+    for m, x in seen:
         m.consolidate()
-        m.write(m.query(seen[m].flatten(0, 1)[at].float()), F.rms_norm(values, values.shape[-1:]))
+        m.write(m.query(x.flatten(0, 1)[at].float()), F.rms_norm(values, values.shape[-1:]))
     return nats.view_as(answers), state
 
 # %% ../nbs/24_memory.ipynb #c057

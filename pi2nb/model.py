@@ -122,7 +122,11 @@ def forward(self:LM,
     state=None  # what an earlier call returned, to continue its text; None starts a new one
 ) -> tuple:     # (logits float32 [batch, time, vocab], state)
     "Predict the next token at every position"
-    x, new = _norm(self.embed(ids)), []
+    return self._read(self.embed(ids), state)
+
+@patch
+def _read(self:LM, x, state): # `forward` behind the embedding, x [batch, time, dim]
+    x, new = _norm(x), []
     for block, s in zip(self.blocks, state or [None]*len(self.blocks)):
         x, s = block(x, s)
         new.append(s)

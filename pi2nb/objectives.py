@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from .rotation import coherence, phase_abs
 from .registry import Registry
+from .memory import _inputs_of
 from .banks import Coupler
 
 # %% ../nbs/42_objectives.ipynb #c009
@@ -42,14 +43,10 @@ def observe(
     watch:bool = True # look inside; False: logits only
 ) -> ModelPass:
     "Run the model once and note what the head and the couplers read; nothing stays on the model"
-    hidden, said = [None], []
-    couplers = [m for m in lm.modules() if isinstance(m, Coupler)] if watch else []
-    hooks = [m.register_forward_pre_hook(lambda m, args: said.append((m, args[0]))) for m in couplers]
-    if watch: hooks.append(lm.head.register_forward_pre_hook(lambda m, args: hidden.append(args[0])))
-    try: logits, _ = lm(ids)
-    finally:
-        for h in hooks: h.remove()
-    return ModelPass(logits, targets, hidden[-1], said)
+    watched = [lm.head, *(m for m in lm.modules() if isinstance(m, Coupler))] if watch else []
+    with _inputs_of(watched) as seen: logits, _ = lm(ids)
+    hidden = next((x for m, x in reversed(seen) if m is lm.head), None)
+    return ModelPass(logits, targets, hidden, [(m, x) for m, x in seen if isinstance(m, Coupler)])
 
 # %% ../nbs/42_objectives.ipynb #c017
 OBJECTIVES = register_objective = Registry('objective') # functions from `ModelPass` to a scalar

@@ -197,16 +197,17 @@ def _compiled_call(name, like, *tensors): # fills the last tensors of the call f
     call = getattr(compile_c(_SCAN_C), f'{name}_{"double" if like.dtype == torch.float64 else "float"}')
     call(*(ctypes.c_void_p(t.data_ptr()) for t in tensors), *map(ctypes.c_longlong, (B, T, C, width, threads, stream)))
 
-def _compiled_forward(a, b, h0):
-    a, b, h0 = (t.contiguous() for t in (a, b, h0))
-    _compiled_call('forward', b, a, b, h0, h := torch.empty_like(b))
-    return h
+def _kernel_passes(call): # call(name, like, *tensors) fills the last tensors -> the pass forward and the pass backward
+    def forward(a, b, h0):
+        call('forward', b, *(t.contiguous() for t in (a, b, h0)), h := torch.empty_like(b, memory_format=torch.contiguous_format))
+        return h
 
-def _compiled_backward(g, a, h, h0): # -> the gradients of a, b, h0
-    inputs = [t.contiguous() for t in (g, a, h, h0)]
-    outputs = [torch.empty_like(inputs[i]) for i in (1, 2, 3)]
-    _compiled_call('backward', h, *inputs, *outputs)
-    return outputs
+    def backward(g, a, h, h0): # -> the gradients of a, b, h0
+        inputs = [t.contiguous() for t in (g, a, h, h0)]
+        outputs = [torch.empty_like(t) for t in inputs[1:]]
+        call('backward', h, *inputs, *outputs)
+        return outputs
+    return forward, backward
 
 # %% ../nbs/20_scan.ipynb #c045
 _jit = triton.jit if triton else lambda f: f
@@ -238,25 +239,14 @@ def _backward_kernel(g, a, h, h0, da, db, dh0, T, C, W: constexpr):
     tl.store(dh0 + row*C + c, later, here)
 
 # %% ../nbs/20_scan.ipynb #c047
-def _triton_launch(kernel, like, *tensors, W=32): # the device is that of the tensors
-    B, T, C = like.shape
+def _triton_call(name, like, *tensors, W=32): # as `_compiled_call`; the device is that of the tensors
+    kernel, (B, T, C) = dict(forward=_forward_kernel, backward=_backward_kernel)[name], like.shape
     with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
         if B*C: kernel[(B, -(-C//W))](*tensors, T, C, W, num_warps=1)
 
-def _triton_forward(a, b, h0):
-    a, b, h0 = (t.contiguous() for t in (a, b, h0))
-    _triton_launch(_forward_kernel, b, a, b, h0, h := torch.empty_like(b))
-    return h
-
-def _triton_backward(g, a, h, h0): # -> the gradients of a, b, h0
-    inputs = [t.contiguous() for t in (g, a, h, h0)]
-    outputs = [torch.empty_like(inputs[i]) for i in (1, 2, 3)]
-    _triton_launch(_backward_kernel, h, *inputs, *outputs)
-    return outputs
-
 # %% ../nbs/20_scan.ipynb #c049
 _PASSES = dict(loop=(_loop_forward, _loop_backward), chunked=(scan_chunked, _chunked_backward),
-               compiled=(_compiled_forward, _compiled_backward), triton=(_triton_forward, _triton_backward))
+               compiled=_kernel_passes(_compiled_call), triton=_kernel_passes(_triton_call))
 
 class _LinearScan(torch.autograd.Function): # the recurrence forward, and its gradient as the same recurrence backwards
     @staticmethod
@@ -279,7 +269,8 @@ def linear_scan(
     "All states, the fastest way on this device, differentiable once; raises ValueError on shapes that do not fit"
     if path not in (None, *_PASSES): raise ValueError(f"path must be one of {', '.join(_PASSES)}, not {path!r}")
     if path == 'triton' and not triton: raise ValueError("path 'triton' needs triton: pip install triton")
-    if dict(compiled='cpu', triton='cuda').get(path, where := b.device.type) != where: raise ValueError(f'path {path!r} does not run on {where}; leave it out')
+    here = dict(compiled='cpu', triton='cpu' if os.environ.get('TRITON_INTERPRET') == '1' else 'cuda')
+    if here.get(path, b.device.type) != b.device.type: raise ValueError(f'path {path!r} does not run on {b.device.type}; leave it out')
     if path is None and not torch.compiler.is_compiling(): path = 'compiled' if b.device.type == 'cpu' else 'triton' if triton and b.is_cuda else None
     path = path or 'chunked'
     if path == 'compiled' and not compile_c(_SCAN_C): path = 'loop'

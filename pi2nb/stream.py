@@ -33,11 +33,12 @@ def stream(
 ) -> tuple:     # (nats of ids[1:], float32 [tokens - 1]; for each chunk a dict of tokens so far, seconds, state and peak bytes)
     "Read a text in chunks, carrying the state; raises ValueError on a text too short to predict anything"
     if len(ids) < 2 or chunk < 1: raise ValueError('a stream needs at least two tokens and chunks of at least one')
-    state, nats, rows = None, [], []
+    state, nats, rows, done = None, [], [], 0
     for x, y in zip(ids[:-1].split(chunk), ids[1:].split(chunk)):
         start = time.perf_counter()
         logits, state = lm(x[None], state)
         nats.append(F.cross_entropy(logits[0], y, reduction='none'))
+        seconds, done = time.perf_counter() - start, done + len(y)
         peak = 1024*resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        rows.append(dict(tokens=sum(map(len, nats)), seconds=time.perf_counter() - start, state=state_bytes(state), peak=peak))
+        rows.append(dict(tokens=done, seconds=seconds, state=state_bytes(state), peak=peak))
     return torch.cat(nats), rows

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from .tokenizer import make_tokenizer
 from .morphology import Morphology, MorphEmbedding, MorphTokenizer, morpheme_scores, _CHUNK, _LETTER, _core
 from .corpus import Corpus, WindowSampler, load_corpus
-from .model import LM, LMConfig, recipe, looks_ahead, _norm
+from .model import LM, LMConfig, recipe, looks_ahead
 from .optim import make_optimizers, set_rate, trapezoid
 from .evaluate import token_nats
 
@@ -33,13 +33,10 @@ class MorphLM(LM):
         if not turn: torch.nn.init.zeros_(self.embed.turns.requires_grad_(False))
 
     def forward(self, ids, state=None): # as `LM.forward`; the first entry of the state is the embedding's
-        first, *rest = state or [None]*(len(self.blocks) + 1)
+        first, *rest = state or [None]
         x, first = self.embed(ids, first)
-        x, new = _norm(x), [first]
-        for block, s in zip(self.blocks, rest):
-            x, s = block(x, s)
-            new.append(s)
-        return self.head(_norm(x)).float(), new
+        logits, rest = self._read(x, rest)
+        return logits, [first, *rest]
 
 # %% ../nbs/72e_tokens.ipynb #c010
 def train_on(

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from tqdm import tqdm
 from .quantlinear import frozen_copy
-from .memory import SlotMemory, remember
+from .memory import _slot_memories, remember
 from .tokenizer import make_tokenizer, tokenizer_from_dict, _tokenizer_spec
 from .corpus import Corpus, load_corpus, WindowSampler
 from .model import LM, LMConfig, recipe
@@ -137,9 +137,9 @@ def join_workers(
     return dist.get_rank(), dist.get_world_size()
 
 # %% ../nbs/63_train.ipynb #048ecc22
-def _slot_memories(lm, needed=False): # the layers that can be written; ValueError if there must be one and is none
-    slots = [m for m in lm.modules() if isinstance(m, SlotMemory)]
-    if needed and not slots: raise ValueError('there is nothing to write into: put Slots into the layout, or set remember=0')
+def _slots_for(lm, share): # the layers that can be written; ValueError if something is to be written and there is none
+    slots = _slot_memories(lm)
+    if share and not slots: raise ValueError('there is nothing to write into: put Slots into the layout, or set remember=0')
     return slots
 
 # %% ../nbs/63_train.ipynb #c015
@@ -163,7 +163,7 @@ class Trainer:
         self.windows, self.token_bytes = WindowSampler(ids, cfg.batch, cfg.context, cfg.seed), len(self.corpus.train)/len(ids)
         torch.manual_seed(cfg.seed)
         self.lm = LM(recipe(cfg.recipe).config(**cfg.model, vocab=self.tok.vocab_size)).to(self.device)
-        self.objective, self.slots = Objective(cfg.objective), _slot_memories(self.lm, cfg.remember)
+        self.objective, self.slots = Objective(cfg.objective), _slots_for(self.lm, cfg.remember)
         dtype = torch.bfloat16 if cfg.precision == 'bf16' else torch.float32
         self.opts = make_optimizers(self.lm, cfg.optimizer, cfg.lr, cfg.rest_lr, dtype)
         self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram_nats(ids), opts=self.opts)

@@ -2,6 +2,7 @@
 from copy import deepcopy
 import pytest, torch
 from hypothesis import given, settings, strategies as st
+from strategies import pieces
 from pi2nb.banks import (BANKS, COUPLERS, BankConfig, Banks, Coupler, MeanCoupler, PhaseBank, RouterCoupler, register_bank,
                          register_coupler)
 from pi2nb.quantlinear import coded_state, frozen_copy, hold_integers
@@ -26,10 +27,6 @@ def layer(coupler='router', code=None, real=False, banks=', '.join(OURS), seed=0
     torch.nn.init.normal_(m.out.weight, std=.3)
     if hasattr(m.coupler, 'down'): torch.nn.init.normal_(m.coupler.down.weight)
     return m
-
-
-def pieces(n):
-    return st.lists(st.integers(0, n), max_size=6).map(lambda cuts: [b-a for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), n])])
 
 
 def in_pieces(m, x, sizes):

@@ -2,7 +2,8 @@
 from copy import deepcopy
 import pytest, torch
 from pi2nb.corpus import Corpus
-from pi2nb.incremental import learn_writing, absorb, fine_tune, Primed, gain_and_loss, _slots_of
+from pi2nb.incremental import learn_writing, absorb, fine_tune, Primed, gain_and_loss
+from pi2nb.memory import _slot_memories
 
 TEXT = b'On the first day the river rose, on the second day it fell, on the third the boats came back. '*20
 CORPUS = Corpus('river', TEXT*4, TEXT[:300], TEXT[:300])
@@ -18,7 +19,7 @@ def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().valu
 
 
 def test_the_slots_are_empty_and_the_weights_frozen(lm):
-    assert not any((m.importance > 0).any() for m in _slots_of(lm))
+    assert not any((m.importance > 0).any() for m in _slot_memories(lm))
     assert not any(p.requires_grad for p in lm.parameters()) and not lm.training
 
 
@@ -29,11 +30,11 @@ def test_writing_in_training_changes_the_result_and_is_repeatable(lm):
 
 def test_absorb_moves_no_weight(lm):
     m = absorb(lm, TEXT[:600], piece=200)
-    assert not any(len(s.shard_keys) for s in _slots_of(lm))
+    assert not any(len(s.shard_keys) for s in _slot_memories(lm))
     assert all(torch.equal(p, q) for p, q in zip(m.parameters(), lm.parameters()))
-    assert all(len(s.shard_keys) and not (s.importance > 0).any() for s in _slots_of(m))
+    assert all(len(s.shard_keys) and not (s.importance > 0).any() for s in _slot_memories(m))
     assert not torch.equal(m(BITS)[0], lm(BITS)[0])
-    for s in _slots_of(m): s.detach()
+    for s in _slot_memories(m): s.detach()
     assert torch.equal(m(BITS)[0], lm(BITS)[0])
 
 
@@ -45,7 +46,7 @@ def test_fine_tuning_works_on_a_copy(lm):
     assert cost(new) < cost(lm)
 
 
-@pytest.mark.parametrize('layout', ['CfC, SlotMemory', 'CfC, DeltaMemory'])
+@pytest.mark.parametrize('layout', ['CfC, SlotMemory', 'CfC, Delta'])
 def test_primed_goes_on(layout):
     lm = learn_writing(CORPUS, 0, writes=False, layout=layout, **MINI)
     whole = lm(BITS)[0]
@@ -58,4 +59,4 @@ def test_the_comparison_leaves_no_trace(lm):
     rows = gain_and_loss(lm, TEXT[:100], CORPUS, sizes=[300], held=100)
     assert [r['way'] for r in rows][:3] == ['nothing', 'slots', 'state'] and len(rows) == 6
     assert rows[1]['slots'] > 0 and rows[2]['slots'] == 0
-    assert same(before, lm) and not any(len(s.shard_keys) for s in _slots_of(lm))
+    assert same(before, lm) and not any(len(s.shard_keys) for s in _slot_memories(lm))

@@ -1,6 +1,7 @@
 "Attention, closed-form continuous time and layouts: the properties that every mixer must keep"
 import pytest, torch
 from hypothesis import given, settings, strategies as st
+from strategies import pieces, steps
 from pi2nb.attention import rope, banded_attention, MLP, GQABlock
 from pi2nb.cfc import plain_cfc_gates, cfc_gates, CfCBlock
 from pi2nb.geode import parse_layout, format_layout
@@ -23,17 +24,6 @@ def make(name, seed=0):
     for n, p in m.named_parameters():
         if p.ndim == 2: torch.nn.init.normal_(p, std=DIM**-.5)
     return m
-
-
-def pieces(n):
-    "Ways to cut n steps into pieces, empty ones included"
-    return st.lists(st.integers(0, n), max_size=8).map(lambda cuts: [b-a for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), n])])
-
-
-def steps(seed, B=2, T=23, C=3, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    r = lambda *s: torch.randn(*s, generator=g, dtype=dtype)
-    return r(B, T, C).sigmoid(), r(B, T, C), r(B, C)
 
 
 # every mixer

@@ -4,6 +4,7 @@ from math import pi
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from strategies import pieces
 from pi2nb.complex_scan import complex_loop, complex_scan, complex_step
 from pi2nb.oscillator import DampedOscillator, OscillatorySSM
 from pi2nb.rotation import QUARTER
@@ -11,7 +12,6 @@ from pi2nb.rotation import QUARTER
 quick = settings(max_examples=25, deadline=None)
 KINDS = [OscillatorySSM, DampedOscillator]
 kinds = pytest.mark.parametrize('kind', KINDS)
-pieces = lambda T: st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(lambda s: sum(s) < T).map(lambda s: s + [T-sum(s)])
 
 
 def inputs(n=2, T=20, c=3, seed=0, dtype=torch.float32):

@@ -4,23 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from pi2nb import scan
+from strategies import pieces, steps
 from pi2nb.scan import scan_step, scan_loop, scan_chunked, compile_c, linear_scan
 
 quick = settings(max_examples=25, deadline=None)
 PATHS = ['loop', 'compiled', 'chunked']
 every_path = pytest.mark.parametrize('path', PATHS)
 needs_compiler = pytest.mark.skipif(compile_c(scan._SCAN_C) is None, reason='no C compiler')
-
-
-def pieces(n):
-    "Ways to cut n steps into pieces, empty ones included"
-    return st.lists(st.integers(0, n), max_size=8).map(lambda cuts: [b-a for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), n])])
-
-
-def steps(seed, B=2, T=23, C=3, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    r = lambda *s: torch.randn(*s, generator=g, dtype=dtype)
-    return r(B, T, C).sigmoid(), r(B, T, C), r(B, C)
 
 
 def close(x, y, tol=1e-5): return torch.allclose(x, y, atol=tol, rtol=tol)
