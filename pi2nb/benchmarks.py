@@ -13,8 +13,8 @@ from math import inf
 from pathlib import Path
 import torch
 import pi2nb
+from .files import write_atomic
 from .train import Trainer, configure
-from .q2bn import write_atomic
 
 # %% ../nbs/72_benchmarks.ipynb #c006
 def environment() -> dict: # hardware, versions, commit

@@ -6,7 +6,6 @@
 __all__ = ['fading_top', 'SlotMemory', 'Shard', 'remember', 'memorize']
 
 # %% ../nbs/24_memory.ipynb #c003
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, log
@@ -16,6 +15,7 @@ import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
+from .files import write_atomic
 from .quantlinear import QuantLinear, QuantEmbedding
 
 # %% ../nbs/24_memory.ipynb #c011
@@ -179,11 +179,7 @@ def save(self:Shard,
 ):
     "Write the shard, completely or not at all"
     data = safetensors.torch.save({n: t.contiguous() for n, t in vars(self).items()}, dict(made='pi2nb shard'))
-    tmp = Path(f'{path}.{os.getpid()}.tmp')
-    try:
-        tmp.write_bytes(data)
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    write_atomic(path, data)
 
 @patch(cls_method=True)
 def load(cls:Shard,

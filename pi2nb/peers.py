@@ -12,9 +12,9 @@ import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
+from .files import write_atomic
 from .quantlinear import CodedWeight, _leaf_of, hold_integers
 from .model import LM, recipe
-from .q2bn import write_atomic
 from .optim import CarrySnap, GhostVotes, _groups, _integer_rule, register_optimizer, split_params, static_bytes
 from .train import Trainer, configure
 from .benchmarks import run_grid

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['V2_LEVELS', 'Q2BNError', 'v2_codebook', 'v2_bytes', 'Record', 'v2_parse', 'decode_state', 'q2bn_bytes', 'q2bn_parse',
-           'write_atomic', 'write_v2', 'read_v2', 'write_q2bn', 'read_q2bn', 'pack_state_dict', 'unpack_state_dict',
-           'FileReport', 'inspect_q2bn', 'save_model', 'load_model']
+           'write_v2', 'read_v2', 'write_q2bn', 'read_q2bn', 'pack_state_dict', 'unpack_state_dict', 'FileReport',
+           'inspect_q2bn', 'save_model', 'load_model']
 
 # %% ../nbs/50_q2bn.ipynb #c002
-import hashlib, json, os, struct, zlib
+import hashlib, json, struct, zlib
 from dataclasses import dataclass, fields
 from math import prod
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from fastcore.basics import patch
+from .files import write_atomic
 from .codebook import Codebook, Coded, matrix_shape
 from .gray import pack_symbols
 from .quantlinear import coded_state, load_coded_state, stored_parameters
@@ -369,23 +370,6 @@ def q2bn_parse(
     _need(_version(data) == 3, 'this is a version 2 file', 'read it with read_v2, which asks for its levels')
     meta, records = _v3_records(data)
     return {r.name: r.value for r in records}, meta
-
-# %% ../nbs/50_q2bn.ipynb #c052
-def write_atomic(
-    path,      # where the file shall be
-    data:bytes # what it shall hold
-):
-    "Write a file completely or not at all; an OSError (disk full, no permission) leaves what was there before"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(tmp, 'wb') as f:
-            f.write(data); f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
 
 # %% ../nbs/50_q2bn.ipynb #c055
 def _read(path, parse):

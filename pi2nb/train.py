@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, asdict, replace
 from pathlib import Path
 from typing import get_args
-import torch
-import torch.distributed as dist
+import torch, torch.distributed as dist
 from fastcore.basics import patch
 from tqdm import tqdm
+from .files import write_atomic
 from .quantlinear import frozen_copy
 from .memory import _slot_memories, remember
 from .tokenizer import make_tokenizer, tokenizer_from_dict, _tokenizer_spec
@@ -23,7 +23,7 @@ from .corpus import Corpus, load_corpus, WindowSampler
 from .model import LM, LMConfig, recipe
 from .objectives import Objective
 from .sampler import Sampler, generate
-from .q2bn import save_model, load_model, write_atomic
+from .q2bn import save_model, load_model
 from .optim import OPTIMIZERS, make_optimizers, set_rate, trapezoid
 from .governor import DeadRunGuard, TrainingGovernor, draw_flips
 from .evaluate import bits_per_byte, baselines, unigram_nats

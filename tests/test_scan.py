@@ -1,11 +1,11 @@
 "Scan: every form computes the same recurrence and the same gradient, on every path, with and without a compiler"
-import copy, os, subprocess, sys, warnings
-from concurrent.futures import ThreadPoolExecutor
+import copy, os, subprocess, sys
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from pi2nb import scan
 from strategies import pieces, steps
-from pi2nb.scan import scan_step, scan_loop, scan_chunked, compile_c, linear_scan
+from pi2nb.files import _processor, compile_c
+from pi2nb.scan import scan_step, scan_loop, scan_chunked, linear_scan
 
 quick = settings(max_examples=25, deadline=None)
 PATHS = ['loop', 'compiled', 'chunked']
@@ -177,46 +177,8 @@ def test_bits_do_not_depend_on_threads(B, T, C, dtype):
     h = linear_scan(a, b, h0, path='loop')
     loop = [h, *torch.autograd.grad(h, (a, b, h0), g)]
     assert all(close(x, y) for x, y in zip(loop, results[0]))
-    if 'model name' in ''.join(scan._processor()) and ' fma ' in ' '.join(scan._processor()): # an x86 with fused multiply-add, as torch uses it
+    if 'model name' in ''.join(_processor()) and ' fma ' in ' '.join(_processor()): # an x86 with fused multiply-add, as torch uses it
         assert all(map(torch.equal, loop, results[0]))
-
-
-@needs_compiler
-def test_library_is_kept(tmp_path, monkeypatch):
-    source = 'int three(void) { return 3; }'
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    build = compile_c.__wrapped__
-    with ThreadPoolExecutor(4) as pool: assert [lib.three() for lib in pool.map(build, [source]*4)] == [3]*4   # at once
-    kept, = (tmp_path/'pi2nb').iterdir()
-    stamp = kept.stat().st_mtime_ns
-    assert kept.suffix == '.so' and build(source).three() == 3 and kept.stat().st_mtime_ns == stamp
-
-
-@needs_compiler
-def test_library_without_a_place_to_keep_it(tmp_path, monkeypatch):
-    (tmp_path/'file').write_text('')
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'file'))
-    assert compile_c.__wrapped__('int four(void) { return 4; }').four() == 4
-
-
-@needs_compiler
-def test_a_broken_library_is_not_used(tmp_path, monkeypatch):
-    source = 'int five(void) { return 5; }'
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    assert compile_c.__wrapped__(source).five() == 5
-    kept, = (tmp_path/'pi2nb').iterdir()
-    kept.unlink(); kept.write_bytes(b'no library')
-    assert compile_c.__wrapped__(source).five() == 5
-
-
-def test_no_compiler(monkeypatch):
-    monkeypatch.setattr(scan.shutil, 'which', lambda name: None)
-    with pytest.warns(UserWarning, match='install one') as told: assert compile_c.__wrapped__('int six(void) { return 6; }') is None
-    assert len(told) == 1
-    monkeypatch.setenv('PI2NB_NO_COMPILER', '1')
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        assert compile_c.__wrapped__('int six(void) { return 6; }') is None
 
 
 def other_process(code, **env):
