@@ -91,12 +91,15 @@ class GQABlock(nn.Module):
         kv_heads:int,         # key and value heads, a divisor of heads
         window:int = 256,     # a position sees itself and window-1 before it
         code = 'q2',          # how the matrices are held, see `QuantLinear`
-        sharpness:float = 1.2 # the largest match is sharpness * sqrt(dim/heads)
+        sharpness:float = 1.2,# the largest match is sharpness * sqrt(dim/heads); without qk_norm it is 1
+        qk_norm:bool = True,  # bring queries and keys to length sqrt(dim/heads)
+        rope_base:float = 1e4 # see `rope`
     ):
         super().__init__()
         _check_heads(dim, heads, kv_heads, window)
         self.heads, self.kv_heads, self.size, self.window = heads, kv_heads, dim//heads, window
-        self.scale = sharpness*self.size**-.5
+        self.qk_norm, self.rope_base = qk_norm, rope_base
+        self.scale = (sharpness if qk_norm else 1)*self.size**-.5
         self.q, self.kv = QuantLinear(dim, dim, code), QuantLinear(dim, 2*kv_heads*self.size, code)
         self.o = QuantLinear(dim, dim, code)
         nn.init.zeros_(self.o.weight)
@@ -112,7 +115,8 @@ def forward(self:GQABlock,
     q = self.q(x).view(B, T, self.heads, self.size).transpose(1, 2)
     k, v = self.kv(x).view(B, T, 2, self.kv_heads, self.size).permute(2, 0, 3, 1, 4)
     pos = torch.arange(at, at+T, device=x.device)
-    q, k = (rope(F.rms_norm(t, (self.size,)), pos).to(v.dtype) for t in (q, k))
+    if self.qk_norm: q, k = (F.rms_norm(t, (self.size,)) for t in (q, k))
+    q, k = (rope(t, pos, self.rope_base).to(v.dtype) for t in (q, k))
     if state: k, v = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
     y = banded_attention(q, k, v, self.window, self.scale)
     keep = max(0, k.shape[2] - self.window + 1)

@@ -35,6 +35,10 @@ class LMConfig:
     window:int = 256              # positions that attention can see, itself included
     mlp:str = 'relu2'             # 'relu2' or 'swiglu'
     mlp_ratio:float = 4.          # hidden width of the MLP over `dim`
+    gains:bool = False            # do norms learn a gain for each feature; the embedding then enters without a norm
+    eps:float|None = None         # what norms add to a mean square; None: the smallest step of the number type
+    qk_norm:bool = True           # bring queries and keys to one length
+    rope_base:float = 1e4         # rotary positions, see chapter 21
     depth:int = 4                 # passes of a recursive core
     slots:int = 512               # learned slots of a slot memory, and room for as many written ones
     banks:str = 'semantic, context' # phase banks, by name
@@ -52,7 +56,7 @@ class LMConfig:
 MIXERS = register_mixer = Registry('mixer') # functions from `LMConfig` to a module, `forward(x, state) -> (y, state)`
 
 @register_mixer('GQA')
-def _gqa(c): return GQABlock(c.dim, c.heads, c.kv_heads, c.window, c.code)
+def _gqa(c): return GQABlock(c.dim, c.heads, c.kv_heads, c.window, c.code, qk_norm=c.qk_norm, rope_base=c.rope_base)
 
 @register_mixer('CfC')
 def _cfc(c): return CfCBlock(c.dim, c.code, c.gate_code)
@@ -79,21 +83,23 @@ def _slots(c): return SlotMemory(c.dim, c.slots, code=c.code, gate_code=c.gate_c
 def _banks(c): return Banks(c.dim, c.banks, c.coupler, c.code, c.gate_code, c.real)
 
 # %% ../nbs/41_model.ipynb #c011
-def _norm(x): return F.rms_norm(x, x.shape[-1:])
+def _norm(c): return nn.RMSNorm(c.dim, c.eps, c.gains)
 
 class Block(nn.Module):
     "x + mixer(norm x), then x + mlp(norm x)"
     def __init__(self,
+        config:LMConfig,   # says how to normalise
         mixer:nn.Module,   # moves information along the sequence
         mlp:nn.Module|None # works on each position alone; None: the mixer has done that
     ):
         super().__init__()
-        self.mixer, self.mlp = mixer, mlp
+        self.mixer_norm, self.mixer = _norm(config), mixer
+        self.mlp_norm, self.mlp = (None, None) if mlp is None else (_norm(config), mlp)
 
     def forward(self, x, state=None):
-        y, state = self.mixer(_norm(x), state)
+        y, state = self.mixer(self.mixer_norm(x), state)
         x = x + y
-        return x if self.mlp is None else x + self.mlp(_norm(x)), state
+        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x)), state
 
 # %% ../nbs/41_model.ipynb #c013
 class LM(nn.Module):
@@ -104,13 +110,13 @@ class LM(nn.Module):
         super().__init__()
         self.config = c = config
         names = parse_layout(c.layout)
-        if not (c.dim >= 1 and c.vocab >= 2 and 1 <= c.dim*c.mlp_ratio < 2**24):
-            raise ValueError(f'a model of dim {c.dim}, vocab {c.vocab} and mlp_ratio {c.mlp_ratio} '
-                             'cannot be built; choose ordinary positive sizes')
+        if not (c.dim >= 1 and c.vocab >= 2 and 1 <= c.dim*c.mlp_ratio < 2**24 and 0 <= (c.eps or 0) < 1 < c.rope_base < 1e15):
+            raise ValueError(f'a model of dim {c.dim}, vocab {c.vocab}, mlp_ratio {c.mlp_ratio}, eps {c.eps} and rope_base '
+                             f'{c.rope_base} cannot be built; choose ordinary positive sizes')
         self.embed = QuantEmbedding(c.vocab, c.dim, c.embed_code)
         mixers = [MIXERS[n](c) for n in names]
-        self.blocks = nn.ModuleList(Block(m, None if getattr(m, 'has_mlp', False) else _mlp(c)) for m in mixers)
-        self.head = QuantLinear(c.dim, c.vocab, c.embed_code)
+        self.blocks = nn.ModuleList(Block(c, m, None if getattr(m, 'has_mlp', False) else _mlp(c)) for m in mixers)
+        self.norm, self.head = _norm(c), QuantLinear(c.dim, c.vocab, c.embed_code)
         self.head.is_head = True
         nn.init.normal_(self.head.weight, std=.01)
         if c.tied: self.embed.weight, self.embed.gain = self.head.weight, self.head.gain
@@ -126,11 +132,11 @@ def forward(self:LM,
 
 @patch
 def _read(self:LM, x, state): # `forward` behind the embedding, x [batch, time, dim]
-    x, new = _norm(x), []
+    x, new = x if self.config.gains else self.norm(x), []
     for block, s in zip(self.blocks, state or [None]*len(self.blocks)):
         x, s = block(x, s)
         new.append(s)
-    return self.head(_norm(x)).float(), new
+    return self.head(self.norm(x)).float(), new
 
 # %% ../nbs/41_model.ipynb #c020
 @patch
@@ -214,6 +220,10 @@ def _field(pairs, **kw): return dict(layout=f'[Damped, Delta]*{pairs}', **kw)
 register_recipe(Recipe('qpf', 'oscillators and a complex matrix memory in turn: time linear in the length of a text, a state that does not grow',
     _field(2, dim=192), sizes=dict(tiny=_field(2, dim=64, heads=2), small=_field(4, dim=256), medium=_field(6, dim=512, heads=8),
                                    large=_field(8, dim=768, heads=12))));
+
+# %% ../nbs/41_model.ipynb #497372b3
+register_recipe(Recipe('llama', 'q2 in the shape of a Llama: what `pi2 export` can write as GGUF',
+    dict(layout='GQA*4', dim=256, heads=8, kv_heads=4, mlp='swiglu', mlp_ratio=3., gains=True, eps=1e-5, qk_norm=False)));
 
 # %% ../nbs/41_model.ipynb #c028
 @torch.no_grad()
