@@ -201,10 +201,17 @@ def generate(
 
 # %% ../nbs/70_cli.ipynb #c015
 @app.command()
-def inspect(file:File):
-    "Check a model file and print what is inside."
+def inspect(
+    file:File,
+    limit:Annotated[Optional[int], typer.Option(help='bytes that are allowed, such as 16_000_000: does the file fit, and what would?')] = None
+):
+    "Check a model file and print what is inside; with a limit, exit 1 if it does not fit."
     from pi2nb.q2bn import inspect_q2bn
-    print(inspect_q2bn(file))
+    from pi2nb.budget import budget
+    print(report := inspect_q2bn(file))
+    if limit is None: return
+    print(held := budget(report, limit))
+    if not held.fits: raise typer.Exit(1)
 
 @app.command()
 def recipes():

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['V2_LEVELS', 'Q2BNError', 'v2_codebook', 'v2_bytes', 'Record', 'v2_parse', 'decode_state', 'q2bn_bytes', 'q2bn_parse',
-           'write_v2', 'read_v2', 'write_q2bn', 'read_q2bn', 'pack_state_dict', 'unpack_state_dict', 'FileReport',
-           'inspect_q2bn', 'save_model', 'load_model']
+           'write_v2', 'read_v2', 'write_q2bn', 'read_q2bn', 'pack_state_dict', 'unpack_state_dict', 'identity',
+           'FileReport', 'inspect_q2bn', 'save_model', 'load_model']
 
 # %% ../nbs/50_q2bn.ipynb #c002
 import hashlib, json, struct, zlib
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from math import prod
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from fastcore.basics import patch
 from .files import write_atomic
+from .entropy import group_symbols, ungroup_symbols
+from .streams import byte_planes, fetch_stream, join_planes, squeeze, store_streams, table_arrays, unsqueeze
 from .codebook import Codebook, Coded, matrix_shape
 from .gray import pack_symbols
 from .quantlinear import coded_state, load_coded_state, stored_parameters
@@ -73,7 +75,7 @@ def _v2_rescale(name, c, lv): # Coded -> tau float16 [rows] so that lv*tau are i
     same = len(c.code.levels) == 4 and np.allclose(np.array(c.code.levels)/c.code.levels[-1], np.array(lv)/lv[-1])
     _need(same and c.s.shape == (c.shape[0], 1) and len(c.shape) > 1 and not c.code.rotation
           and c.code.held == 'float32',
-          f'{name} is held in {c.code.name}, which version 2 cannot say with these levels', 'write version 3')
+          f'{name} is held in {c.code.name}, which version 2 cannot say with these levels', 'write version 4')
     return (c.s[:, 0].float()*(c.code.levels[-1]/lv[-1])).half(), c.z
 
 def _v2_data(name, t, lv): # -> flag, data
@@ -107,25 +109,24 @@ def v2_bytes(
     return b''.join(out)
 
 # %% ../nbs/50_q2bn.ipynb #c018
-_ALIGN = 64 # version 3: every block begins at a multiple of this many bytes
+def _text(b, what): # bytes -> a name
+    try: s = str(b, 'utf-8')
+    except UnicodeDecodeError: s = ''
+    _need(_readable(s), f'{what} is not a readable name of 1 to 1024 bytes')
+    return s
 
 class _Cursor: # walks over bytes and never past their end
     def __init__(self, data): self.data, self.at = memoryview(data), 0
     def left(self): return len(self.data) - self.at
     def take(self, n, what):
-        _need(n <= self.left(), f'the file ends inside {what}: {n} bytes are promised, {self.left()} are left')
+        _need(n <= self.left(), f'the file ends inside {what}: {n} bytes are promised, {max(0, self.left())} are left')
         self.at += n
         return self.data[self.at-n:self.at]
     def numbers(self, fmt, what): return struct.unpack(fmt, self.take(struct.calcsize(fmt), what))
-    def filled(self, n, what, to=_ALIGN): # n bytes, and the zeros up to the next block
+    def filled(self, n, what, to): # n bytes, and the zeros up to the next multiple of `to`
         part = self.take(n, what)
         _need(not any(self.take(-self.at % to, what)), f'the bytes after {what} are not zero')
         return part
-    def text(self, n, what):
-        try: s = str(self.take(n, what), 'utf-8')
-        except UnicodeDecodeError: s = ''
-        _need(_readable(s), f'{what} is not a readable name of 1 to 1024 bytes')
-        return s
 
 # %% ../nbs/50_q2bn.ipynb #c019
 @dataclass
@@ -134,7 +135,7 @@ class Record:
     name:str       # name of the tensor
     kind:str       # a code's name, 'float32', 'float16', or 'alias'
     shape:tuple    # shape of the tensor
-    streams:dict   # stream name -> bytes of data, without headers and fill
+    streams:dict   # stream name -> bytes as stored, without headers and fill
     value:object   # `Coded`, a tensor, or the name of the tensor that an alias stands for
 
     @property
@@ -151,29 +152,34 @@ def _sizes(how, shape): # a code book or a dtype -> stream name: bytes
     return dict(scales=prod(how.scale_shape(rows, cols))*2, symbols=rows*-(-cols*how.bits//8))
 
 # %% ../nbs/50_q2bn.ipynb #c021
-def _coded(code, shape, scales, symbols, what): # two byte strings of the right sizes -> Coded
+def _coded(code, shape, s, z, what): # float16 scales, uint8 symbols -> Coded
+    _need(s.isfinite().all() and (s > 0).all(), f'a scale of {what} is zero, negative, NaN or infinity')
+    top = int(z.max())
+    _need(top < len(code.levels),
+          f'{what} holds the symbol {top}, but the last one of {code.name} is {len(code.levels)-1}')
+    return Coded(code, z, s, shape)
+
+def _unpacked(code, shape, scales, symbols, what): # two byte strings of the right sizes -> Coded
     rows, cols = matrix_shape(shape)
     s, p = _from_le(scales, torch.float16, code.scale_shape(rows, cols)), _from_le(symbols, torch.uint8, (rows, -1))
-    _need(s.isfinite().all() and (s > 0).all(), f'a scale of {what} is zero, negative, NaN or infinity')
     _need(not (p[:, -1] & (1 << -cols*code.bits%8)-1).any(), f'the fill bits of {what} are not zero')
-    z = code.unpack(p, cols)
-    _need(int(z.max()) < len(code.levels),
-          f'{what} holds the symbol {int(z.max())}, but the last one of {code.name} is {len(code.levels)-1}')
-    return Coded(code, z, s, shape)
+    return _coded(code, shape, s, code.unpack(p, cols), what)
+
+def _finite(t, what):
+    _need(t.isfinite().all(), f'{what} holds NaN or infinity')
+    return t
 
 def _tensor(name, how, shape, d, to=1): # cursor over the data, streams filled to multiples of `to` -> Record
     sizes = _sizes(how, shape)
     total = sum(n + -n%to for n in sizes.values())
     _need(d.left() == total, f'{name} has {d.left()} bytes of data, but its shape {shape} takes {total}')
     parts = [d.filled(n, f'the data of {name}', to) for n in sizes.values()]
-    if isinstance(how, Codebook): return Record(name, how.name, shape, sizes, _coded(how, shape, *parts, name))
-    t = _from_le(*parts, how, shape)
-    _need(t.isfinite().all(), f'{name} holds NaN or infinity')
-    return Record(name, str(how)[6:], shape, sizes, t)
+    if isinstance(how, Codebook): return Record(name, how.name, shape, sizes, _unpacked(how, shape, *parts, name))
+    return Record(name, str(how)[6:], shape, sizes, _finite(_from_le(*parts, how, shape), name))
 
 # %% ../nbs/50_q2bn.ipynb #c024
 def _v2_record(c, code, seen): # cursor -> Record
-    name = c.text(*c.numbers('>I', 'the length of a name'), 'a name')
+    name = _text(c.take(*c.numbers('>I', 'the length of a name'), 'a name'), 'a name')
     _need(name not in seen, f'the name {name} comes twice')
     shape = _shape(c.numbers(f'>{c.numbers(">B", name)[0]}I', name), name)
     flag, size = c.numbers('>BQ', name)
@@ -181,22 +187,22 @@ def _v2_record(c, code, seen): # cursor -> Record
     _need(flag in (1, 2) or flag == 0 and len(shape) > 1,
           f'{name} has the unknown kind {flag} for its {len(shape)} dimensions')
     if flag < 2: return _tensor(name, (code, torch.float16)[flag], shape, d)
-    first = d.text(*d.numbers('>I', name), f'the alias {name}')
+    first = _text(d.take(*d.numbers('>I', name), name), f'the alias {name}')
     _need(first in seen, f'{name} is an alias of {first}, which does not come before it')
     first = seen[first].value if seen[first].kind == 'alias' else first
     _need(seen[first].shape == shape and not d.left(), f'the alias {name} does not fit {first}')
     return Record(name, 'alias', shape, {}, first)
 
 # %% ../nbs/50_q2bn.ipynb #c025
-def _version(data): # first bytes of a file -> 2 or 3
+def _version(data): # first bytes of a file -> 2, 3 or 4
     head = bytes(data[:12])
     _need(head[:4] == b'Q2BN',
           'this is not a Q2BN file (it does not begin with the letters Q2BN)', 'give a .q2bin file')
     other = ('the other, little-endian format with the same magic' if head[11:] == b'\0' else 'a Q2BN version 1 file')
     _need(head[4:8] != b'\1\0\0\0',
-          f'this is {other}, which stores no scales', 'pack the original weights again as version 3')
-    _need(head[4:5] == b'\2' or head[4:8] == b'\3\0\0\0',
-          f'the version bytes {head[4:8].hex(" ") or "are missing:"} are not those of version 2 or 3')
+          f'this is {other}, which stores no scales', 'pack the original weights again as version 4')
+    _need(head[4:5] == b'\2' or head[4:8] in (b'\3\0\0\0', b'\4\0\0\0'),
+          f'the version bytes {head[4:8].hex(" ") or "are missing:"} are not those of version 2, 3 or 4')
     return head[4]
 
 # %% ../nbs/50_q2bn.ipynb #c026
@@ -214,7 +220,7 @@ def v2_parse(
     levels='unpack'  # what its symbols mean, see `v2_codebook`
 ) -> dict:           # name -> `Coded`, a float16 tensor, or the name (str) of an earlier tensor
     "Everything in a version 2 file; raises Q2BNError (a ValueError) on damage, as far as version 2 lets one see it"
-    _need(_version(data) == 2, 'this is a version 3 file', 'read it with read_q2bn')
+    _need(_version(data) == 2, f'this is a version {_version(data)} file', 'read it with read_q2bn')
     return {r.name: r.value for r in _v2_records(data, v2_codebook(levels)).values()}
 
 def decode_state(
@@ -226,64 +232,93 @@ def decode_state(
     out = {k: plain(v) for k,v in state.items() if not isinstance(v, str)}
     return {k: out[v if isinstance(v, str) else k] for k,v in state.items()}
 
-# %% ../nbs/50_q2bn.ipynb #c033
-_HEAD, _REC, _META_MAX = '<4sIQQII', '<IHBBIQ', 1 << 24 # 16 MiB of JSON
+# %% ../nbs/50_q2bn.ipynb #e193bb65
+_HEAD, _REC, _STREAM, _META_MAX = '<4sIQIIII', '<IHBBIQ', '<BI', 1 << 24 # 16 MiB of JSON
 _KINDS, _DTYPES = ('coded', 'raw', 'alias'), (torch.float32, torch.float16)
 
-def _fill(b): return b + bytes(-len(b) % _ALIGN)
+def _checked(what, f, *args): # what f returns; its ValueError becomes one of ours
+    try: return f(*args)
+    except ValueError as e: raise Q2BNError(f'{what} cannot be used: {e}') from None
 
+def _planes(what, name, t): # numbers -> (stream, kind, bytes) of every plane
+    return [(name, f'{what} {name} {i}', p) for i,p in enumerate(byte_planes(t.detach().cpu().numpy()))]
+
+def _plain(name, t): # a tensor or Coded -> (stream, kind, bytes) of every stream
+    if isinstance(t, Tensor):
+        _need(t.dtype in _DTYPES and t.numel(), f'{name} is {t.dtype} with {t.numel()} numbers', 'store floats, see .float()')
+        return _planes(str(t.dtype)[6:], 'values', t)
+    _need(isinstance(t, Coded), f'{name} is a {type(t).__name__}', 'give a Coded, a tensor, or an earlier name')
+    (rows, cols), n = matrix_shape(t.shape), len(t.code.levels)
+    fits = t.z.shape == (rows, cols) and t.s.shape == t.code.scale_shape(rows, cols)
+    _need(fits and t.z.numel() and (t.z.dtype, t.s.dtype) == (torch.uint8, torch.float16),
+          f'{name} has symbols {tuple(t.z.shape)}, but the shape {t.shape}', 'make it with hold()')
+    z = _checked(name, group_symbols, t.z.cpu().numpy(), n)
+    return _planes(t.code.name, 'scales', t.s) + [('symbols', f'{t.code.name} symbols', z)]
+
+# %% ../nbs/50_q2bn.ipynb #8b3ebd31
 def _meta_bytes(meta): # plain data -> canonical JSON: sorted keys, no blanks, ASCII
     return json.dumps(meta, sort_keys=True, separators=(',', ':'), allow_nan=False).encode()
 
-def _v3_record(name, kind, what, shape, streams):
-    tail = struct.pack(f'<{len(shape)}I', *shape) + _name(name)
-    data = b''.join(map(_fill, streams))
-    size = len(_fill(bytes(20) + tail)) + len(data)
-    head = struct.pack('<HBBIQ', len(_name(name)), _KINDS.index(kind), len(shape), what, size)
-    body = _fill(bytes(4) + head + tail)[4:] + data
+def _record(name, kind, ref, shape, streams): # streams: (how, bytes)
+    _need(all(len(b) < 2**32 for _,b in streams) and max(shape, default=0) < 2**32, f'{name} is too large', 'split it')
+    heads = [struct.pack(_STREAM, how, len(b)) for how,b in streams]
+    tail = b''.join([struct.pack(f'<{len(shape)}I', *shape), _name(name), *heads, *(b for _,b in streams)])
+    body = struct.pack('<HBBIQ', len(_name(name)), _KINDS.index(kind), len(shape), ref, 20+len(tail)) + tail
     return struct.pack('<I', zlib.crc32(body)) + body
 
-# %% ../nbs/50_q2bn.ipynb #c034
-def _v3_parts(name, t, codes, done): # a state's value -> kind, what, shape, streams
-    if isinstance(t, str):
-        _need(t in done, f'{name} is an alias of {t}, which does not come before it', 'reorder the state')
-        return 'alias', done[t], (), []
-    if isinstance(t, Tensor):
-        _need(t.dtype in _DTYPES, f'{name} is {t.dtype}', 'use .float()')
-        return 'raw', _DTYPES.index(t.dtype), tuple(t.shape), [_le(t)]
-    _need(isinstance(t, Coded), f'{name} is a {type(t).__name__}', 'give a Coded, a tensor, or an earlier name')
-    rows, cols = matrix_shape(t.shape)
-    fits = t.z.shape == (rows, cols) and t.s.shape == t.code.scale_shape(rows, cols)
-    _need(fits and (t.z.dtype, t.s.dtype) == (torch.uint8, torch.float16),
-          f'{name} has symbols {tuple(t.z.shape)}, but the shape {t.shape}', 'make it with hold()')
-    return 'coded', codes.index(t.code.name), tuple(t.shape), [_le(t.s), _le(t.code.pack(t.z))]
+def _front_bytes(meta, n, size): # of n records that take so many bytes
+    try: text = _meta_bytes(meta)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise Q2BNError(f'meta is not plain data ({e})', 'use dicts, lists, strings and finite numbers') from None
+    _need(len(text) <= _META_MAX, f'the meta block takes {len(text)} bytes, more than the {_META_MAX} that are allowed', 'leave something out')
+    stored = squeeze(text)
+    head = struct.pack('<4sIQIII', b'Q2BN', 4, 32+len(stored)+size+32, len(stored), len(text), n)
+    return head + struct.pack('<I', zlib.crc32(stored, zlib.crc32(head))) + stored
 
-# %% ../nbs/50_q2bn.ipynb #c036
-def _v3_file(text, records):
-    body, meta = b''.join(records), _fill(bytes(32) + text)[32:]
-    head = struct.pack('<4sIQQI', b'Q2BN', 3, 32+len(meta)+len(body)+32, len(text), len(records))
-    data = head + struct.pack('<I', zlib.crc32(meta, zlib.crc32(head))) + meta + body
+def _file(meta, records):
+    data = b''.join([_front_bytes(meta, len(records), sum(map(len, records))), *records])
     return data + hashlib.sha256(data).digest()
 
+# %% ../nbs/50_q2bn.ipynb #fbac08c7
+def _room(size): return 256*size + (4 << 20) # plain bytes that a file of this size may claim
+
+def _claim(how, shape): # plain bytes that a tensor claims: symbols and scales, or values
+    if not isinstance(how, Codebook): return prod(shape)*how.itemsize
+    return prod(shape) + 2*prod(how.scale_shape(*matrix_shape(shape)))
+
+def _entries(state, books): # -> (name, kind, ref, shape) and plain streams of every record, all that they claim
+    done, heads, parts, claim = {}, [], [], 0
+    for i,(name,t) in enumerate(state.items()):
+        if isinstance(t, str):
+            _need(t in done, f'{name} is an alias of {t}, which does not come before it', 'reorder the state')
+            heads.append((name, 'alias', done[t], ())); parts.append([])
+            continue
+        parts.append(_plain(name, t)); done[name] = i
+        kind, ref, how = ('raw', _DTYPES.index(t.dtype), t.dtype) if isinstance(t, Tensor) else ('coded', books.index(t.code.name), t.code)
+        heads.append((name, kind, ref, tuple(t.shape))); claim += _claim(how, t.shape)
+    return heads, parts, claim
+
+# %% ../nbs/50_q2bn.ipynb #fd992cd1
 def q2bn_bytes(
     state:dict,     # name -> `Coded`, float32 or float16 tensor, or the name (str) of an earlier tensor
-    meta:dict=None  # plain data that JSON can hold; 'codes' is filled in
+    meta:dict=None  # plain data that JSON can hold; 'codes' and 'tables' are filled in
 ) -> bytes:         # the same state and meta give the same bytes
-    "A version 3 file; raises Q2BNError (a ValueError) on what no reader would accept"
+    "A version 4 file; raises Q2BNError (a ValueError) on what no reader would accept"
     codes = [t.code for t in state.values() if isinstance(t, Coded)]
     books = {c.name: c for c in codes}
     _need(all(c == books[c.name] for c in codes), 'two different code books share a name', 'rename one')
-    try: text = _meta_bytes({**(meta or {}), 'codes': {k: c.to_dict() for k,c in books.items()}})
-    except (TypeError, ValueError, RecursionError) as e:
-        raise Q2BNError(f'meta is not plain data ({e})', 'use dicts, lists, strings and finite numbers') from None
-    done, records = {}, []
-    for i,(name,t) in enumerate(state.items()):
-        records.append(_v3_record(name, *_v3_parts(name, t, sorted(books), done)))
-        if not isinstance(t, str): done[name] = i
-    return _v3_file(text, records)
+    heads, parts, claim = _entries(state, sorted(books))
+    meta = {**(meta or {}), 'codes': {k: c.to_dict() for k,c in books.items()}}
+    streams = [(kind, p) for some in parts for _,kind,p in some]
+    def made(stored, tables):
+        stored = iter(stored)
+        records = [_record(*h, [next(stored) for _ in some]) for h,some in zip(heads, parts)]
+        return _file({**meta, 'tables': tables}, records)
+    data = made(*store_streams(streams))
+    return data if claim <= _room(len(data)) else made([(0, p.tobytes()) for _,p in streams], [])
 
-# %% ../nbs/50_q2bn.ipynb #c039
-def _v3_meta(text): # bytes -> dict
+# %% ../nbs/50_q2bn.ipynb #8567a517
+def _meta(text): # bytes -> dict
     try:
         meta = json.loads(bytes(text))
         ok = _meta_bytes(meta) == text and isinstance(meta['codes'], dict)
@@ -291,19 +326,20 @@ def _v3_meta(text): # bytes -> dict
     _need(ok, 'the meta block is not JSON as this format writes it')
     return meta
 
-def _v3_front(c): # cursor -> meta, number of records
-    _, _, size, n_text, n_records, crc = c.numbers(_HEAD, 'the header')
+def _front(c): # cursor -> meta, number of records
+    _, _, size, n_meta, n_text, n_records, crc = c.numbers(_HEAD, 'the header')
     _need(size == len(c.data),
           f'the file says that it has {size} bytes but it has {len(c.data)}', 'copy it again, it was cut or added to')
-    _need(n_text <= _META_MAX, f'the meta block claims {n_text} bytes, more than the {_META_MAX} that are allowed')
-    text = c.filled(n_text, 'the meta block')
-    _need(crc == zlib.crc32(c.data[32:c.at], zlib.crc32(c.data[:28])),
+    _need(n_meta <= n_text <= _META_MAX, f'the meta block claims {n_meta} and {n_text} bytes; {_META_MAX} are allowed')
+    stored = c.take(n_meta, 'the meta block')
+    _need(crc == zlib.crc32(stored, zlib.crc32(c.data[:28])),
           'the header or the meta block is damaged (its checksum does not match)')
-    _need(0 < n_records <= c.left()//_ALIGN, f'the file claims {n_records} records, for which it has no room')
-    return _v3_meta(text), n_records
+    meta = _meta(_checked('the meta block', unsqueeze, stored, n_text))
+    _need('tables' in meta, 'the meta block holds no tables')
+    return meta, n_records
 
-# %% ../nbs/50_q2bn.ipynb #c040
-def _v3_book(name, d):
+# %% ../nbs/50_q2bn.ipynb #85a0e805
+def _book(name, d):
     try:
         c = Codebook.from_dict(d)
         small = all(abs(x) <= 65504 for x in (*c.levels, *c.cuts, c.factor))
@@ -313,28 +349,27 @@ def _v3_book(name, d):
     _need(ok, f'the code book {name!r:.60} in the meta block is not a code book')
     return c
 
-def _v3_books(meta): # -> list of Codebook, in the order of their names
+def _books(meta): # -> list of Codebook, in the order of their names
     _need(len(meta['codes']) <= 256, f'the meta block holds {len(meta["codes"])} code books, more than 256')
-    return [_v3_book(*x) for x in sorted(meta['codes'].items())]
+    return [_book(*x) for x in sorted(meta['codes'].items())]
 
-# %% ../nbs/50_q2bn.ipynb #c042
-def _v3_take(c, what): # cursor at a record -> its head numbers, a cursor over its bytes
-    at, room = c.at, c.left()-32
+# %% ../nbs/50_q2bn.ipynb #4eb4c1a0
+def _take(c, what, to=1, check=True): # cursor at a record -> its head numbers, a cursor behind its name
+    at, room = c.at, c.left()
     crc, n_name, kind, ndim, ref, size = c.numbers(_REC, what)
-    _need(_ALIGN <= size <= room and size % _ALIGN == 0,
-          f'{what} says that it takes {size} bytes, but {max(room, 0)} are left')
+    _need(20 < size <= room and size % to == 0, f'{what} says that it takes {size} bytes, but {max(room, 0)} are left')
     c.at = at + size
     d = _Cursor(c.data[at:c.at])
-    _need(zlib.crc32(d.data[4:]) == crc, f'{what} is damaged (its checksum does not match)')
+    _need(not check or zlib.crc32(d.data[4:]) == crc, f'{what} is damaged (its checksum does not match)')
     _need(kind < 3, f'{what} has the unknown kind {kind}')
     d.take(struct.calcsize(_REC), what)
     shape = d.numbers(f'<{ndim}I', what)
-    name = d.text(n_name, f'the name of {what}')
-    d.filled(0, f'the head of {what}')
+    name = _text(d.take(n_name, what), f'the name of {what}')
+    d.filled(0, f'the head of {what}', to)
     return name, _KINDS[kind], _shape(shape, name), ref, d
 
-# %% ../nbs/50_q2bn.ipynb #c043
-def _v3_value(name, kind, shape, ref, d, books, before): # -> Record
+# %% ../nbs/50_q2bn.ipynb #2ed4c5ee
+def _value(name, kind, shape, ref, d, books, before, tensor): # -> Record; tensor(name, how, shape, d) reads the data
     if kind == 'alias':
         _need(ref < len(before) and before[ref].kind != 'alias',
               f'{name} is an alias of record {ref+1}, which is not an earlier tensor')
@@ -345,49 +380,93 @@ def _v3_value(name, kind, shape, ref, d, books, before): # -> Record
     if kind == 'coded':
         _need(shape and matrix_shape(shape)[1] % max(books[ref].group, 1) == 0,
               f'{name} has the shape {shape}, which {books[ref].name} cannot hold')
-    return _tensor(name, hows[ref], shape, d, _ALIGN)
+    return tensor(name, hows[ref], shape, d)
 
-# %% ../nbs/50_q2bn.ipynb #c045
-def _v3_records(data): # bytes -> meta, list of Record
-    c = _Cursor(data)
-    meta, n = _v3_front(c)
-    books, names, records = _v3_books(meta), set(), []
-    for i in range(n):
-        name, *rest = _v3_take(c, f'record {i+1}')
+# %% ../nbs/50_q2bn.ipynb #a0ba56cd
+def _parts(how, shape): # stream and plain bytes of every stream
+    if not isinstance(how, Codebook): return [('values', prod(shape))]*how.itemsize
+    return [('scales', prod(how.scale_shape(*matrix_shape(shape))))]*2 + [('symbols', -(-prod(shape)//max(k for k in range(1, 9) if len(how.levels)**k <= 256)))]
+
+def _stored(name, how, shape, d, tables): # cursor over stream heads and streams -> Record
+    parts, sizes, out = _parts(how, shape), {}, []
+    heads = [d.numbers(_STREAM, f'the stream heads of {name}') for _ in parts]
+    for (stream, n), (way, size) in zip(parts, heads):
+        out.append(_checked(name, fetch_stream, way, d.take(size, f'the streams of {name}'), n, tables, torch.get_num_threads()))
+        sizes[stream] = sizes.get(stream, 0) + size
+    _need(not d.left(), f'{name} has {d.left()} bytes more than its streams')
+    if isinstance(how, Codebook): return Record(name, how.name, shape, sizes, _grouped(how, shape, *out, name))
+    t = torch.from_numpy(join_planes(out, str(how)[6:])).view(shape)
+    return Record(name, str(how)[6:], shape, sizes, _finite(t, name))
+
+def _grouped(code, shape, low, high, groups, what): # two planes of scales, symbols in groups -> Coded
+    rows, cols = matrix_shape(shape)
+    z = _checked(what, ungroup_symbols, groups, rows*cols, len(code.levels))
+    s = torch.from_numpy(join_planes([low, high], 'float16')).view(code.scale_shape(rows, cols))
+    return _coded(code, shape, s, torch.from_numpy(np.require(z, requirements='W')).view(rows, cols), what)
+
+# %% ../nbs/50_q2bn.ipynb #90d63191
+def _front3(c): # cursor -> meta, number of records
+    _, _, size, n_text, n_records, crc = c.numbers('<4sIQQII', 'the header')
+    _need(size == len(c.data),
+          f'the file says that it has {size} bytes but it has {len(c.data)}', 'copy it again, it was cut or added to')
+    _need(n_text <= _META_MAX, f'the meta block claims {n_text} bytes, more than the {_META_MAX} that are allowed')
+    text = c.filled(n_text, 'the meta block', 64)
+    _need(crc == zlib.crc32(c.data[32:c.at], zlib.crc32(c.data[:28])),
+          'the header or the meta block is damaged (its checksum does not match)')
+    return _meta(text), n_records
+
+def _reader(data, meta): # -> a function that reads a tensor of this file
+    if _version(data) == 3: return lambda name, how, shape, d: _tensor(name, how, shape, d, 64)
+    tables = _checked('the meta block', table_arrays, meta['tables'])
+    return lambda name, how, shape, d: _stored(name, how, shape, d, tables)
+
+# %% ../nbs/50_q2bn.ipynb #cba5b5c7
+def _records(data): # bytes of version 3 or 4 -> meta, list of Record
+    c, old = _Cursor(data), _version(data) == 3
+    meta, n = (_front3 if old else _front)(c)
+    c.data = c.data[:-32]
+    _need(0 < n <= max(0, c.left())//20, f'the file claims {n} records, for which it has no room')
+    books, read, names, records, room = _books(meta), _reader(data, meta), set(), [], _room(len(data))
+    def tensor(name, how, *rest):
+        nonlocal room
+        room -= _claim(how, rest[0])
+        _need(room >= 0, f'{name} claims more numbers than a file of this size can hold')
+        return read(name, how, *rest)
+    heads = [_take(c, f'record {i+1}', 64 if old else 1) for i in range(n)]
+    _need(not c.left(), f'{c.left()} bytes lie between the last record and the end')
+    _need(hashlib.sha256(c.data).digest() == bytes(data[-32:]), 'the file is damaged (its SHA-256 does not match)')
+    for name, *rest in heads:
         _need(name not in names, f'the name {name} comes twice')
         names.add(name)
-        records.append(_v3_value(name, *rest, books, records))
+        records.append(_value(name, *rest, books, records, tensor))
     _need({b.name for b in books} <= {r.kind for r in records}, 'the meta block holds a code book that no record uses')
-    _need(c.left() == 32, f'{c.left()-32} bytes lie between the last record and the end')
-    _need(hashlib.sha256(c.data[:-32]).digest() == bytes(c.data[-32:]),
-          'the file is damaged (its SHA-256 does not match)')
     return meta, records
 
+# %% ../nbs/50_q2bn.ipynb #1c6f2bed
 def q2bn_parse(
-    data:bytes # a whole version 3 file
+    data:bytes # a whole version 3 or 4 file
 ) -> tuple:    # (state: name -> `Coded`, tensor or alias; meta: dict)
-    "State and meta of a version 3 file; raises Q2BNError (a ValueError) on the slightest damage"
-    _need(_version(data) == 3, 'this is a version 2 file', 'read it with read_v2, which asks for its levels')
-    meta, records = _v3_records(data)
-    return {r.name: r.value for r in records}, meta
+    "State and meta of a file; raises Q2BNError (a ValueError) on the slightest damage"
+    _need(_version(data) > 2, 'this is a version 2 file', 'read it with read_v2, which asks for its levels')
+    meta, records = _records(data)
+    return {r.name: r.value for r in records}, {k: v for k,v in meta.items() if k != 'tables'}
 
 # %% ../nbs/50_q2bn.ipynb #c055
-def _read(path, parse):
+def _read(path, parse, whole=True): # parse(bytes), or parse(file)
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist; give the path of a .q2bin file')
     try:
         _need(path.is_file(), 'this is not a regular file', 'give the path of a .q2bin file')
         with open(path, 'rb') as f:
             _version(f.read(32)); f.seek(0)
-            return parse(f.read())
+            return parse(f.read() if whole else f)
     except Q2BNError as e: raise Q2BNError(f'{path}: {e.problem}', e.remedy) from None
 
 def _write(path, data, parse):
     try: parse(data)
     except Q2BNError as e:
         raise Q2BNError(f'{path} was not written: {e.problem}', 'correct the state that shall be written') from None
-    write_atomic(path, data)
-    return len(data)
+    return write_atomic(path, data)
 
 # %% ../nbs/50_q2bn.ipynb #c056
 def write_v2(
@@ -410,13 +489,13 @@ def write_q2bn(
     state:dict,     # name -> `Coded`, float32 or float16 tensor, or the name (str) of an earlier tensor
     meta:dict=None  # plain data that JSON can hold
 ) -> int:           # bytes written
-    "Write a version 3 file, atomically; raises Q2BNError (a ValueError) on what no reader would accept"
+    "Write a version 4 file, atomically; raises Q2BNError (a ValueError) on what no reader would accept"
     return _write(path, q2bn_bytes(state, meta), q2bn_parse)
 
 def read_q2bn(
-    path    # a version 3 file
+    path    # a version 3 or 4 file
 ) -> tuple: # (state, meta)
-    "Read a version 3 file; raises FileNotFoundError, or Q2BNError (a ValueError) on damage"
+    "Read a version 3 or 4 file; raises FileNotFoundError, or Q2BNError (a ValueError) on damage"
     return _read(path, q2bn_parse)
 
 def pack_state_dict(
@@ -433,14 +512,38 @@ def unpack_state_dict(
     "The Q2 document's name for `read_v2` with the levels of its code, decoded"
     return decode_state(read_v2(in_path), device)
 
+# %% ../nbs/50_q2bn.ipynb #7ea6fdd5
+_DEFAULTS = {f.name: f.default for f in fields(LMConfig) if f.default is not MISSING}
+
+def _meaning(v): # name -> plain data, tensors: what a value of a state is, however it is stored
+    if isinstance(v, str): return v, ()
+    if isinstance(v, Coded): return [v.code.name, list(v.shape)], (v.s, v.z)
+    return [str(v.dtype)[6:], list(v.shape)], (v,)
+
+def identity(
+    model # the path of a version 3 or 4 file, or the pair (state, meta) that `read_q2bn` returns
+) -> str: # 64 hexadecimal digits
+    "SHA-256 of what a model computes, however it is stored; raises FileNotFoundError, or Q2BNError (a ValueError) on damage"
+    state, meta = model if isinstance(model, tuple) else read_q2bn(model)
+    config = meta.get('config')
+    if isinstance(config, dict): config = {k: v for k,v in config.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
+    codes = {v.code.name: v.code.to_dict() | dict(doc='') for v in state.values() if isinstance(v, Coded)}
+    h = hashlib.sha256(_meta_bytes([codes, config, meta.get('tokenizer')]))
+    for name,v in state.items():
+        what, tensors = _meaning(v)
+        h.update(_meta_bytes([name, what]))
+        for t in tensors: h.update(_le(t))
+    return h.hexdigest()
+
 # %% ../nbs/50_q2bn.ipynb #c059
 @dataclass
 class FileReport:
     "What is inside a file that passed every check; print it for a table"
     path:str      # the file
-    version:int   # 2 or 3
+    version:int   # 2, 3 or 4
     size:int      # bytes
     sha256:str    # of the whole file
+    identity:str  # see `identity`; empty in version 2
     records:list  # of `Record`
     meta:dict     # empty in version 2
 
@@ -448,24 +551,49 @@ class FileReport:
     def weights(self): return sum(r.weights for r in self.records) # aliases count nothing
     @property
     def bits_per_weight(self): return self.size*8/self.weights
-    def streams(self) -> dict: # stream name -> bytes in all records; 'headers' is all the rest of the file
-        "Where the bytes go"
-        out = {k: sum(r.streams.get(k, 0) for r in self.records) for k in ('scales', 'symbols', 'values')}
-        return out | {'headers': self.size - sum(out.values())}
+    @property
+    def state(self): return {r.name: r.value for r in self.records}
+
+def _share(meta, key, version): # bytes that this entry takes in the meta block
+    size = (lambda m: len(squeeze(_meta_bytes(m)))) if version > 3 else (lambda m: len(_meta_bytes(m)))
+    return size(meta) - size({k: v for k,v in meta.items() if k != key}) if key in meta else 0
+
+# %% ../nbs/50_q2bn.ipynb #ad7e1dde
+def _outer(name): return name.startswith(('embed.', 'head.')) # the table of tokens, and the head, which is another
+
+@patch
+def streams(self:FileReport) -> dict: # what -> bytes; 'headers' is all the rest of the file
+    "Where the bytes go"
+    out = dict.fromkeys(('codes', 'scales', 'floats', 'embeddings'), 0)
+    for r in self.records:
+        for k,n in r.streams.items(): out['embeddings' if _outer(r.name) else dict(symbols='codes', values='floats').get(k, k)] += n
+    out |= {k: _share(self.meta, k, self.version) for k in ('tables', 'config', 'tokenizer')}
+    return out | {'headers': self.size - sum(out.values())}
+
+@patch
+def kinds(self:FileReport) -> dict: # how tensors are held -> (tensors, weights, bytes of their streams)
+    "What each code costs, scales included"
+    out = {}
+    for r in self.records:
+        n, weights, size = out.get(r.kind, (0, 0, 0))
+        out[r.kind] = n+1, weights+r.weights, size+sum(r.streams.values())
+    return {k: v for k,v in out.items() if k != 'alias'}
 
 # %% ../nbs/50_q2bn.ipynb #c060
 def inspect_q2bn(
-    path # a version 2 or 3 file
+    path # a file of any version
 ) -> FileReport:
     "Read and check a file and say what is inside; raises FileNotFoundError, or Q2BNError (a ValueError) on damage"
     def parse(data):
         v = _version(data)
-        meta, records = ({}, list(_v2_records(data, v2_codebook()).values())) if v == 2 else _v3_records(data)
-        return FileReport(str(path), v, len(data), hashlib.sha256(data).hexdigest(), records, meta)
+        meta, records = ({}, list(_v2_records(data, v2_codebook()).values())) if v == 2 else _records(data)
+        name = '' if v == 2 else identity(({r.name: r.value for r in records}, meta))
+        return FileReport(str(path), v, len(data), hashlib.sha256(data).hexdigest(), name, records, meta)
     return _read(path, parse)
 
 def _meta_line(k, x, n=160): # one meta entry on one line, nothing in it that a terminal would obey
     n_levels = lambda d: len(Codebook.from_dict(d).levels)
+    if k == 'tables': return f'tables: {len(x)}'
     s = _meta_bytes(x).decode() if k != 'codes' else ', '.join(f'{c} ({n_levels(d)} levels)' for c,d in x.items())
     return f'{json.dumps(k)[1:-1]}: {s if len(s) <= n else s[:n-1] + "…"}'
 
@@ -482,9 +610,10 @@ def __str__(self:FileReport):
                     (r.name, shape, r.kind, f'{r.weights:,}', f'{size:,}', f'{size*8/r.weights:.3f}'))
     w = [max(map(len, c)) for c in zip(*rows)]
     out = [f'{self.path}: Q2BN version {self.version}, {self.size:,} bytes, {n} records, {good}',
-           f'sha256 {self.sha256}', '']
+           f'sha256   {self.sha256}', *([f'identity {self.identity}'] if self.identity else []), '']
     out += ['  '.join(x.ljust(k) if i == 0 else x.rjust(k) for i,(x,k) in enumerate(zip(r, w))).rstrip() for r in rows]
-    out += ['', 'bytes: ' + ', '.join(f'{k} {v:,}' for k,v in self.streams().items()),
+    out += ['', 'bytes: ' + ', '.join(f'{k} {v:,}' for k,v in self.streams().items() if v),
+            *(f'{k}: {n} tensors, {w:,} weights, {b*8/w:.3f} bits each' for k,(n,w,b) in self.kinds().items()),
             f'weights: {self.weights:,}, {self.bits_per_weight:.3f} bits each with everything counted']
     return '\n'.join(out + [_meta_line(*x) for x in self.meta.items()])
 
@@ -495,9 +624,9 @@ def save_model(
     path,           # where to write
     extra:dict=None # more plain data for the meta block
 ) -> int:           # bytes written
-    "Write model, configuration and tokenizer as one version 3 file; raises ValueError if a weight is not finite"
+    "Write model, configuration and tokenizer as one version 4 file; raises ValueError if a weight is not finite"
     meta = {'config': lm.config.to_dict(), 'tokenizer': tokenizer.to_dict(), 'pi2nb': __version__}
-    taken = sorted(set(extra or {}) & {*meta, 'codes'})
+    taken = sorted(set(extra or {}) & {*meta, 'codes', 'tables'})
     _need(not taken, f'extra has the entry {taken[:1]}, which the file fills in itself', 'choose another name')
     return write_q2bn(path, coded_state(lm), {**meta, **(extra or {})})
 
@@ -533,7 +662,7 @@ def _model_of(state, meta): # -> the model with random weights, the tokenizer
 
 # %% ../nbs/50_q2bn.ipynb #c069
 def load_model(
-    path,        # a version 3 file that `save_model` wrote
+    path,        # a file that `save_model` wrote
     device='cpu' # where the model shall live
 ) -> tuple:      # (lm: `LM`, frozen, in eval mode; tokenizer; meta: dict)
     "The model in a file; raises FileNotFoundError, or Q2BNError (a ValueError) on damage"
