@@ -113,10 +113,12 @@ def generate(
     "Continue a text, token by token, at a constant cost per token"
     device = next(lm.parameters()).device
     g = torch.Generator().manual_seed(seed)
-    ids, state = [tokenizer.bos, *tokenizer.encode(prompt).tolist()], None
+    lead = getattr(tokenizer, 'prefix', b'')                           # what some models expect before a text
+    if isinstance(prompt, str): prompt = prompt.encode('utf-8', 'surrogateescape')
+    ids, state = [tokenizer.bos, *tokenizer.encode(lead + prompt if prompt else b'').tolist()], None
     for piece in torch.tensor(ids, device=device).split(1024): logits, state = lm(piece[None], state)
     for n in range(tokens):
         if n: logits, state = lm(torch.tensor([ids[-1:]], device=device), state)
         recent = torch.tensor(ids[1:][-sampler.repetition_window:], dtype=torch.int64)
         ids.append(sampler.pick(logits[0, -1].cpu(), recent, g))
-        yield tokenizer.decode(ids[-1:])
+        yield tokenizer.decode(ids[-1:]).removeprefix(b'' if n or prompt else lead)

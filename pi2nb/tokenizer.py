@@ -198,7 +198,7 @@ register_tokenizer(UnigramTokenizer); register_tokenizer(BPETokenizer);
 # %% ../nbs/30_tokenizer.ipynb #new24
 def _tokenizer_spec(spec): # 'bpe-4096' -> ('bpe', 4096), 'bytes' -> ('bytes', None); ValueError on anything else
     kind, dash, size = spec.partition('-')
-    learns = {n: hasattr(c, 'train') for n,c in TOKENIZERS.items()}
+    learns = {n: hasattr(c, 'train') for n,c in TOKENIZERS.items() if hasattr(c, 'train') or isinstance(c.vocab_size, int)} # others are read
     if learns.get(kind) != bool(dash) or dash and not (size.isdecimal() and 260 <= int(size) <= 2**16):
         there = ', '.join(f'{n}-SIZE' if l else n for n,l in learns.items())
         raise ValueError(f'no tokenizer {spec!r}; choose one of {there}, with a size from 260 to {2**16}')

@@ -6,8 +6,9 @@ from hypothesis import given, settings, strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from pi2nb.pretrained import (ScoreTokenizer, cut_windows, load_gguf, load_llama2c, min_max, next_token_nats, relative_error,
-                             round_model, rounding_grid)
+from pi2nb.bpe import ScoreTokenizer
+from pi2nb.pretrained import (cut_windows, load_gguf, load_llama2c, min_max, next_token_nats, relative_error, round_model,
+                             rounding_grid)
 
 KINDS = {'input_layernorm': 'attn_norm', 'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k', 'self_attn.v_proj': 'attn_v',
          'self_attn.o_proj': 'attn_output', 'post_attention_layernorm': 'ffn_norm', 'mlp.gate_proj': 'ffn_gate',
@@ -129,55 +130,6 @@ def test_packed_weights_are_unpacked(kind, gap, tmp_path):
     m = llama(hidden=64)
     got = load_gguf(write_gguf(tmp_path/'m.gguf', m, qtype=gguf.GGMLQuantizationType[kind]))
     for n, p in m.named_parameters(): assert (p - got.get_parameter(n)).abs().max() <= gap*p.abs().max()
-
-
-PIECES = [b'<unk>', b'<s>', b'</s>', *(b'<0x%02X>' % b for b in range(256)), *(bytes([c]) for c in b' abc'), b'ab', b'bc', b'abc', b' a', 'é'.encode()]
-SCORES = [0.]*263 + [-1., -1., -3., -2., 0.]
-
-
-@pytest.fixture
-def tok(): return ScoreTokenizer(PIECES, SCORES)
-
-
-@pytest.mark.parametrize('text, want', [
-    ('', []), ('a', [b' a']), ('b', [b' ', b'b']), ('abc', [b' ', b'abc']), ('cab', [b' ', b'c', b'ab']), ('ac', [b' a', b'c']),
-    ('é', [b' ', 'é'.encode()]), ('z', [b' ', b'<0x7A>']), (' a', [b' ', b' a']), ('bcbc', [b' ', b'bc', b'bc'])])
-def test_text_is_joined_by_score(tok, text, want): assert [tok.pieces[i] for i in tok.encode(text)] == want
-
-
-def test_bytes_are_no_text(tok):
-    with pytest.raises(TypeError, match='reads str, not bytes'): tok.encode(b'abc')
-
-
-@given(st.text())
-def test_tokens_bring_the_text_back(s):
-    tok = ScoreTokenizer(PIECES, SCORES)
-    assert tok.decode(tok.encode(s)).decode('utf-8', 'surrogateescape') == s
-
-
-@pytest.mark.parametrize('ids', [[-1], [268], [5, 10**9]])
-def test_what_is_no_token_is_refused(tok, ids):
-    with pytest.raises(ValueError, match='is not a token; ids run from 0 to 267'): tok.decode(ids)
-
-
-def test_decode_takes_tensors_and_drops_special_tokens(tok):
-    assert tok.decode(torch.tensor([1, *tok.encode('abc'), 2])) == b'abc' and tok.decode([]) == tok.decode([1]) == b''
-
-
-def vocabulary(pieces=PIECES, scores=SCORES): return struct.pack('<i', 9) + b''.join(struct.pack('<fi', s, len(p)) + p for p, s in zip(pieces, scores))
-
-
-def test_a_vocabulary_comes_back(tmp_path, tok):
-    (tmp_path/'tok.bin').write_bytes(vocabulary())
-    got = ScoreTokenizer.load(tmp_path/'tok.bin')
-    assert (got.pieces, got.scores, got.vocab_size, got.bos) == (PIECES, SCORES, 268, 1)
-
-
-@pytest.mark.parametrize('raw', [b'', b'abc', bytes(4), vocabulary()[:-1], vocabulary() + b'x', vocabulary()[:100], vocabulary(PIECES[:200]),
-                                 vocabulary(PIECES[1:]), bytes(4) + struct.pack('<fi', 0, -9)])
-def test_a_damaged_vocabulary_is_refused(tmp_path, raw):
-    (tmp_path/'tok.bin').write_bytes(raw)
-    with pytest.raises(ValueError, match='fetch it again'): ScoreTokenizer.load(tmp_path/'tok.bin')
 
 
 @settings(max_examples=30)
