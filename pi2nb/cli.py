@@ -240,7 +240,7 @@ def quantize(
 ):
     "Bring in a pretrained Llama, its weights held in a code."
     try: from pi2nb.llama import quantize_source
-    except ImportError as e: raise ImportError(f"{e.name} is missing; run pip install 'pi2nb[pretrained]'") from None
+    except ImportError as e: raise ImportError(f"{e}; run pip install 'pi2nb[pretrained]'") from None
     from pi2nb.corpus import load_corpus
     corpus, name = load_corpus(data) if data else None, f'{code}, group={group}' if group else code
     print(quantize_source(source, output, name, None if embed_code == 'none' else embed_code, method, corpus and corpus.test,
