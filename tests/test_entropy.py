@@ -161,7 +161,7 @@ for i in range(600):
     for _ in range(int(rng.integers(0, 4))): stored[int(rng.integers(0, len(stored)))] = int(rng.integers(0, 256))
     s, out = guarded(len(stored)), guarded(n)
     s[:] = np.frombuffer(stored, np.uint8)
-    wrong += e._call(e._DECODE_C, 'decode', s, np.int64([0, len(stored)]), out, n, 2**17, slots, 1)
+    wrong += e._call(e._DECODE_C, 'decode', s, np.int64([0, len(stored)]), out, n, 2**17, slots, e._TURN, 1)
     g, data = guarded(2*n + 32), guarded(n)
     data[:] = d
     size = e._call(e._ENCODE_C, 'encode', data, n, g, g.size, f, start, inverse, e._lanes(n))
