@@ -6,7 +6,7 @@
 __all__ = ['CONTAINERS', 'CONTEXTS', 'main_matrices', 'count_weights', 'floor_bits', 'measure_containers', 'measure_contexts',
            'measure_speed']
 
-# %% ../nbs/72h_containers.ipynb #464f6876
+# %% ../nbs/72h_containers.ipynb #b26a740f
 import lzma, time
 from statistics import median
 import gguf, numpy as np, safetensors.torch, torch, zstandard
@@ -16,7 +16,7 @@ from .codebook import Coded
 from .q2bn import q2bn_bytes, q2bn_parse, read_q2bn
 from .export import gguf_blocks
 
-# %% ../nbs/72h_containers.ipynb #8b0fdb92
+# %% ../nbs/72h_containers.ipynb #903c35ef
 def main_matrices(
     state:dict # name -> `Coded`, tensor or alias, as `read_q2bn` returns it
 ) -> dict:     # name -> `Coded`, all of one code
@@ -32,7 +32,7 @@ def count_weights(
     "Weights in all matrices"
     return sum(v.z.numel() for v in coded.values())
 
-# %% ../nbs/72h_containers.ipynb #46fb6612
+# %% ../nbs/72h_containers.ipynb #74f988e5
 def floor_bits(
     coded:dict # name -> `Coded`
 ) -> dict:     # bits per weight: `symbols`, `scales`, and their sum `both`
@@ -42,7 +42,7 @@ def floor_bits(
     found = dict(symbols=entropy(symbols), scales=entropy(np.unique(scales, return_counts=True)[1])*scales.size/count_weights(coded))
     return found | dict(both=sum(found.values()))
 
-# %% ../nbs/72h_containers.ipynb #5b91e3d1
+# %% ../nbs/72h_containers.ipynb #97eb1756
 CONTAINERS = Registry('container') # name -> function(name -> `Coded`) -> (bytes, name -> float32 tensor as read back)
 
 def _floats(coded): return {k: v.decode().contiguous() for k,v in coded.items()}
@@ -62,7 +62,7 @@ def _(coded): return len(b := safetensors.torch.save(_packed(coded))), _unpacked
 @CONTAINERS('safetensors packed, zstd -22')
 def _(coded): return len(b := _zstd(safetensors.torch.save(_packed(coded)))), _unpacked(coded, safetensors.torch.load(zstandard.decompress(b)))
 
-# %% ../nbs/72h_containers.ipynb #caad473e
+# %% ../nbs/72h_containers.ipynb #005485c8
 def _planes(coded): # the scales of all matrices -> uint8 [2, scales]
     return np.concatenate([v.s.numpy().ravel() for v in coded.values()]).astype('<f2').view(np.uint8).reshape(-1, 2).T.copy()
 
@@ -83,7 +83,7 @@ def _(coded):
     *back, planes = np.split(d, np.cumsum([x.size for x in g]))
     return len(b), _from(coded, back, planes.reshape(2, -1))
 
-# %% ../nbs/72h_containers.ipynb #c5a9e1d2
+# %% ../nbs/72h_containers.ipynb #fe5b2acb
 def _coded(streams): # uint8 arrays with one table for all -> bytes stored, the arrays again
     t = frequencies(sum(np.bincount(d, minlength=256) for d in streams))
     stored = [rans_encode(d, t) for d in streams]
@@ -97,7 +97,7 @@ def _(coded):
 @CONTAINERS('Q2BN file')
 def _(coded): return len(b := q2bn_bytes(coded)), {k: v.decode() for k,v in q2bn_parse(b)[0].items()}
 
-# %% ../nbs/72h_containers.ipynb #2b17274f
+# %% ../nbs/72h_containers.ipynb #c78309f5
 def _gguf(kind): # name of a block type -> container
     t = gguf.GGMLQuantizationType[kind]
     def write(coded):
@@ -110,7 +110,7 @@ def _gguf(kind): # name of a block type -> container
     return write
 for kind in ('Q2_K', 'TQ2_0', 'TQ1_0'): CONTAINERS(f'GGUF {kind}')(_gguf(kind))
 
-# %% ../nbs/72h_containers.ipynb #96031bfc
+# %% ../nbs/72h_containers.ipynb #c1601d92
 def measure_containers(
     coded:dict # name -> `Coded`
 ) -> dict:     # container -> bits per weight held, `share` of the weights that it can hold, relative error of what it reads back
@@ -125,7 +125,7 @@ def measure_containers(
         rows[name] = dict(bits=8*size/held if held else None, share=held/count_weights(coded), error=float((off/of).sqrt()) if held else None)
     return rows
 
-# %% ../nbs/72h_containers.ipynb #ee5f66cb
+# %% ../nbs/72h_containers.ipynb #eaa79113
 def _ranked(z, axis, classes, top): # symbols [rows, cols] -> class of each symbol's row (axis 1) or column (axis 0)
     e = np.abs(2.*z - top).mean(axis)
     return np.broadcast_to(np.expand_dims(e.argsort().argsort()*classes//e.size, axis), z.shape)
@@ -150,7 +150,7 @@ def measure_contexts(
             bits[k] += _two_part(z, f(z, levels-1), levels) + 2*dict(row=z.shape[0], column=z.shape[1]).get(k, 0)
     return {k: float(b/count_weights(coded)) for k,b in bits.items()}
 
-# %% ../nbs/72h_containers.ipynb #76e74a09
+# %% ../nbs/72h_containers.ipynb #9a481f6b
 def measure_speed(
     jobs:dict,    # name -> function without arguments
     rounds:int=15 # each is called so often
