@@ -89,6 +89,15 @@ def test_c_and_numpy_write_the_same_bytes(monkeypatch, n, block):
     assert rans_encode(d, t, block) == fast and np.array_equal(rans_decode(fast, n, t, 1, block), d)
 
 
+@pytest.mark.skipif(not has_compiler, reason='no C compiler')
+def test_a_processor_without_avx2_reads_the_same(monkeypatch):
+    d = noise(40_000, 25)
+    stored = rans_encode(d, t := frequencies(counted(d)))
+    monkeypatch.setattr(e, '_HEAD_C', '#undef __AVX2__\n' + e._HEAD_C)
+    assert np.array_equal(rans_decode(stored, d.size, t), d)
+    with pytest.raises(ValueError, match='damaged'): rans_decode(stored[:-2], d.size, t)
+
+
 def test_an_unknown_byte_and_other_types():
     t = frequencies(counted(np.uint8([1, 2])))
     with pytest.raises(ValueError, match='no frequency'): rans_encode(b'\1\2\3', t)
