@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['size_in_code', 'size_in_blocks', 'size_in_dim', 'Budget', 'budget']
 
-# %% ../nbs/50c_budget.ipynb #4fff63e5
+# %% ../nbs/50c_budget.ipynb #c4bb3c97
 from dataclasses import dataclass, replace
 import torch
 from fastcore.basics import patch
@@ -13,9 +13,9 @@ from .codebook import CODES, Coded, codebook, hold
 from .geode import parse_layout
 from .model import LM, LMConfig
 from .quantlinear import stored_parameters
-from .q2bn import FileReport, inspect_q2bn, q2bn_bytes, _outer
+from .q2bn import FileReport, inspect_q2bn, q2bn_bytes, _outer, _Unfilled
 
-# %% ../nbs/50c_budget.ipynb #93213d0f
+# %% ../nbs/50c_budget.ipynb #ba37dac5
 def _size(report, state): return len(q2bn_bytes(state, {k: v for k,v in report.meta.items() if k != 'tables'}))
 
 def size_in_code(
@@ -28,7 +28,7 @@ def size_in_code(
     def narrower(k, v): return isinstance(v, Coded) and _outer(k) == outer and len(v.code.levels) > len(new.levels)
     return _size(report, {k: hold(v.decode(), new) if narrower(k, v) else v for k,v in report.state.items()})
 
-# %% ../nbs/50c_budget.ipynb #e0e370ab
+# %% ../nbs/50c_budget.ipynb #261e1ff1
 def _block(name): return int(name.split('.')[1]) if name.startswith('blocks.') else -1
 
 def size_in_blocks(
@@ -46,14 +46,14 @@ def size_in_dim(
     "What a model of another width would take, each code at the price per weight that it has in this file"
     price = {k: size/weights for k,(_,weights,size) in report.kinds().items()}
     try:
-        with torch.device('meta'): lm = LM(replace(LMConfig(**report.meta['config']), dim=dim))
+        with torch.device('meta'), _Unfilled(): lm = LM(replace(LMConfig(**report.meta['config']), dim=dim))
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError): return
     seen = {id(p): (layer.code.name if layer else 'float32', p.numel()) for _,layer,p in stored_parameters(lm)}
     if not {k for k,_ in seen.values()} <= price.keys(): return
     rest = report.size - sum(size for _,_,size in report.kinds().values())
     return round(rest + sum(price[k]*n for k,n in seen.values()))
 
-# %% ../nbs/50c_budget.ipynb #0d917ec5
+# %% ../nbs/50c_budget.ipynb #1b64bff3
 @dataclass
 class Budget:
     "A file against a limit; print it"
@@ -74,7 +74,7 @@ def __str__(self:Budget):
     if self.advice: out += ['what a change would make of it:', *(f'  {k}: {say(n)}' for k,n in self.advice)]
     return '\n'.join(out)
 
-# %% ../nbs/50c_budget.ipynb #d972e1d4
+# %% ../nbs/50c_budget.ipynb #3a2bc47e
 _NARROW = dict(outer=('int6', 'int5', 'int4', 'q2'), inner=('q2', 'ternary', 'binary'))
 
 def _advice(r, limit):

@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from fastcore.basics import patch
 from .files import write_atomic
 from .entropy import group_symbols, ungroup_symbols
@@ -233,7 +234,7 @@ def decode_state(
     out = {k: plain(v) for k,v in state.items() if not isinstance(v, str)}
     return {k: out[v if isinstance(v, str) else k] for k,v in state.items()}
 
-# %% ../nbs/50_q2bn.ipynb #e193bb65
+# %% ../nbs/50_q2bn.ipynb #79c073f7
 _HEAD, _REC, _STREAM, _META_MAX = '<4sIQIIII', '<IHBBIQ', '<BI', 1 << 24 # 16 MiB of JSON
 _KINDS, _DTYPES = ('coded', 'raw', 'alias'), (torch.float32, torch.float16)
 
@@ -256,7 +257,7 @@ def _plain(name, t): # a tensor or Coded -> (stream, kind, bytes) of every strea
     z = _checked(name, group_symbols, t.z.cpu().numpy(), n)
     return _planes(t.code.name, 'scales', t.s) + [('symbols', f'{t.code.name} symbols', z)]
 
-# %% ../nbs/50_q2bn.ipynb #8b3ebd31
+# %% ../nbs/50_q2bn.ipynb #dedeed25
 def _meta_bytes(meta): # plain data -> canonical JSON: sorted keys, no blanks, ASCII
     return json.dumps(meta, sort_keys=True, separators=(',', ':'), allow_nan=False).encode()
 
@@ -280,7 +281,7 @@ def _file(meta, records):
     data = b''.join([_front_bytes(meta, len(records), sum(map(len, records))), *records])
     return data + hashlib.sha256(data).digest()
 
-# %% ../nbs/50_q2bn.ipynb #fbac08c7
+# %% ../nbs/50_q2bn.ipynb #77c69f8b
 def _room(size): return 256*size + (4 << 20) # plain bytes that a file of this size may claim
 
 def _claim(how, shape): # plain bytes that a tensor claims: symbols and scales, or values
@@ -299,7 +300,7 @@ def _entries(state, books): # -> (name, kind, ref, shape) and plain streams of e
         heads.append((name, kind, ref, tuple(t.shape))); claim += _claim(how, t.shape)
     return heads, parts, claim
 
-# %% ../nbs/50_q2bn.ipynb #fd992cd1
+# %% ../nbs/50_q2bn.ipynb #cf6de6e8
 def q2bn_bytes(
     state:dict,     # name -> `Coded`, float32 or float16 tensor, or the name (str) of an earlier tensor
     meta:dict=None  # plain data that JSON can hold; 'codes' and 'tables' are filled in
@@ -318,7 +319,7 @@ def q2bn_bytes(
     data = made(*store_streams(streams))
     return data if claim <= _room(len(data)) else made([(0, p.tobytes()) for _,p in streams], [])
 
-# %% ../nbs/50_q2bn.ipynb #8567a517
+# %% ../nbs/50_q2bn.ipynb #9cfaab29
 def _meta(text): # bytes -> dict
     try:
         meta = json.loads(bytes(text))
@@ -339,7 +340,7 @@ def _front(c): # cursor -> meta, number of records
     _need('tables' in meta, 'the meta block holds no tables')
     return meta, n_records
 
-# %% ../nbs/50_q2bn.ipynb #85a0e805
+# %% ../nbs/50_q2bn.ipynb #c96dd957
 def _book(name, d):
     try:
         c = Codebook.from_dict(d)
@@ -354,7 +355,7 @@ def _books(meta): # -> list of Codebook, in the order of their names
     _need(len(meta['codes']) <= 256, f'the meta block holds {len(meta["codes"])} code books, more than 256')
     return [_book(*x) for x in sorted(meta['codes'].items())]
 
-# %% ../nbs/50_q2bn.ipynb #4eb4c1a0
+# %% ../nbs/50_q2bn.ipynb #0a6c3996
 def _take(c, what, to=1, check=True): # cursor at a record -> its head numbers, a cursor behind its name
     at, room = c.at, c.left()
     crc, n_name, kind, ndim, ref, size = c.numbers(_REC, what)
@@ -369,7 +370,7 @@ def _take(c, what, to=1, check=True): # cursor at a record -> its head numbers, 
     d.filled(0, f'the head of {what}', to)
     return name, _KINDS[kind], _shape(shape, name), ref, d
 
-# %% ../nbs/50_q2bn.ipynb #2ed4c5ee
+# %% ../nbs/50_q2bn.ipynb #7cb7fc7d
 def _value(name, kind, shape, ref, d, books, before, tensor): # -> Record; tensor(name, how, shape, d) reads the data
     if kind == 'alias':
         _need(ref < len(before) and before[ref].kind != 'alias',
@@ -383,7 +384,7 @@ def _value(name, kind, shape, ref, d, books, before, tensor): # -> Record; tenso
               f'{name} has the shape {shape}, which {books[ref].name} cannot hold')
     return tensor(name, hows[ref], shape, d)
 
-# %% ../nbs/50_q2bn.ipynb #a0ba56cd
+# %% ../nbs/50_q2bn.ipynb #4d1c9969
 def _parts(how, shape): # stream and plain bytes of every stream
     if not isinstance(how, Codebook): return [('values', prod(shape))]*how.itemsize
     return [('scales', prod(how.scale_shape(*matrix_shape(shape))))]*2 + [('symbols', -(-prod(shape)//max(k for k in range(1, 9) if len(how.levels)**k <= 256)))]
@@ -405,7 +406,7 @@ def _grouped(code, shape, low, high, groups, what): # two planes of scales, symb
     s = torch.from_numpy(join_planes([low, high], 'float16')).view(code.scale_shape(rows, cols))
     return _coded(code, shape, s, torch.from_numpy(np.require(z, requirements='W')).view(rows, cols), what)
 
-# %% ../nbs/50_q2bn.ipynb #90d63191
+# %% ../nbs/50_q2bn.ipynb #876247ad
 def _front3(c): # cursor -> meta, number of records
     _, _, size, n_text, n_records, crc = c.numbers('<4sIQQII', 'the header')
     _need(size == len(c.data),
@@ -421,7 +422,7 @@ def _reader(data, meta): # -> a function that reads a tensor of this file
     tables = _checked('the meta block', table_arrays, meta['tables'])
     return lambda name, how, shape, d: _stored(name, how, shape, d, tables)
 
-# %% ../nbs/50_q2bn.ipynb #cba5b5c7
+# %% ../nbs/50_q2bn.ipynb #97ba0041
 def _records(data): # bytes of version 3 or 4 -> meta, list of Record
     c, old = _Cursor(data), _version(data) == 3
     meta, n = (_front3 if old else _front)(c)
@@ -443,7 +444,7 @@ def _records(data): # bytes of version 3 or 4 -> meta, list of Record
     _need({b.name for b in books} <= {r.kind for r in records}, 'the meta block holds a code book that no record uses')
     return meta, records
 
-# %% ../nbs/50_q2bn.ipynb #1c6f2bed
+# %% ../nbs/50_q2bn.ipynb #b8504c6a
 def q2bn_parse(
     data:bytes # a whole version 3 or 4 file
 ) -> tuple:    # (state: name -> `Coded`, tensor or alias; meta: dict)
@@ -513,7 +514,7 @@ def unpack_state_dict(
     "The Q2 document's name for `read_v2` with the levels of its code, decoded"
     return decode_state(read_v2(in_path), device)
 
-# %% ../nbs/50_q2bn.ipynb #7ea6fdd5
+# %% ../nbs/50_q2bn.ipynb #ae2e10f8
 _DEFAULTS = {f.name: f.default for f in fields(LMConfig) if f.default is not MISSING}
 
 def _meaning(v): # name -> plain data, tensors: what a value of a state is, however it is stored
@@ -559,7 +560,7 @@ def _share(meta, key, version): # bytes that this entry takes in the meta block
     size = (lambda m: len(squeeze(_meta_bytes(m)))) if version > 3 else (lambda m: len(_meta_bytes(m)))
     return size(meta) - size({k: v for k,v in meta.items() if k != key}) if key in meta else 0
 
-# %% ../nbs/50_q2bn.ipynb #ad7e1dde
+# %% ../nbs/50_q2bn.ipynb #ca444ade
 def _outer(name): return name.startswith(('embed.', 'head.')) # the table of tokens, and the head, which is another
 
 @patch
@@ -646,7 +647,12 @@ def _check_fit(lm, state): # does this (weightless) model have the names, shapes
               f'{k} is not held in the code that the configuration names')
 
 # %% ../nbs/50_q2bn.ipynb #c068
-def _model_of(state, meta): # -> the model with random weights, the tokenizer
+class _Unfilled(TorchFunctionMode): # within it no weight is filled with random numbers: they come from the file
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return (*args, *kwargs.values())[0] if getattr(func, '__name__', '') in ('normal_', 'uniform_') else func(*args, **kwargs)
+
+def _model_of(state, meta): # -> the model, its weights not yet filled; the tokenizer
     try:
         config, tok = LMConfig(**meta['config']), tokenizer_from_dict(meta['tokenizer'])
         strict = [f for f in fields(config) if type(f.default) in (int, bool)]
@@ -654,12 +660,12 @@ def _model_of(state, meta): # -> the model with random weights, the tokenizer
         if odd: raise TypeError(f'{odd[0]} has the wrong type')
         if tok.vocab_size > config.vocab: raise ValueError('the tokenizer has more tokens than the model')
         if len(parse_layout(config.layout)) > len(state): raise ValueError('more layers than records')
-        with torch.device('meta'): lm = LM(config)
+        with torch.device('meta'), _Unfilled(): lm = LM(config)
     except Exception as e:
         raise Q2BNError(f'the meta block does not describe a model that this version knows ({e!r:.200})',
                         'use the version of pi2nb that wrote it, `pi2 inspect` names it') from None
     _check_fit(lm, state)
-    with torch.random.fork_rng(devices=[]): return LM(config), tok
+    with torch.random.fork_rng(devices=[]), _Unfilled(): return LM(config), tok
 
 # %% ../nbs/50_q2bn.ipynb #c069
 def load_model(
