@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Q2BN', 'append_meta', 'to_safetensors', 'from_safetensors']
 
-# %% ../nbs/50b_access.ipynb #8589a555
+# %% ../nbs/50b_access.ipynb #c7763a62
 import hashlib, json, mmap
 import numpy as np, torch
 from pathlib import Path
@@ -18,7 +18,7 @@ from .codebook import Coded, matrix_shape
 from .q2bn import (Q2BNError, decode_state, identity, read_q2bn, write_q2bn, _book, _books, _claim, _Cursor, _front, _front_bytes,
                         _meta_bytes, _need, _read, _reader, _room, _take, _value, _version)
 
-# %% ../nbs/50b_access.ipynb #5f8d8373
+# %% ../nbs/50b_access.ipynb #5bfa4bf2
 class Q2BN:
     "A version 4 file, mapped: its heads are known at once, a tensor is read when it is asked for"
     def __init__(self,
@@ -43,7 +43,7 @@ class Q2BN:
                 ref = list(self.heads)[ref]
             self.heads[name] = at, kind, shape, ref
 
-# %% ../nbs/50b_access.ipynb #71668704
+# %% ../nbs/50b_access.ipynb #69ad5c21
 @patch
 def keys(self:Q2BN): # names, in the order of the file
     return self.heads.keys()
@@ -56,20 +56,21 @@ def __len__(self:Q2BN): return len(self.heads)
 def shape(self:Q2BN,
     name:str # of a tensor
 ) -> tuple:
-    "Its shape, from its head alone; raises KeyError on a name that is not there"
+    "Its shape, from its head alone, which is not checked yet; raises KeyError on a name that is not there"
     _, kind, shape, ref = self.heads[name]
     return self.heads[ref][2] if kind == 'alias' else shape
 
 @patch
 def __getitem__(self:Q2BN, name): # -> `Coded` or a tensor; of an alias, the tensor it stands for
     at, kind, _, ref = self.heads[name]
-    if kind == 'alias': return self[ref]
     c = _Cursor(self.map)
     c.at = at
     def tensor(name, how, shape, d):
         _need(_claim(how, shape) <= _room(len(self.map)), f'{name} claims more numbers than a file of this size can hold')
         return self.read(name, how, shape, d)
-    try: return _value(*_take(c, name), self.books, [], tensor).value
+    try:
+        head = _take(c, name)
+        return self[ref] if kind == 'alias' else _value(*head, self.books, [], tensor).value
     except Q2BNError as e: raise Q2BNError(f'{self.path}: {e.problem}', e.remedy) from None
 
 @patch
@@ -80,7 +81,7 @@ def decode(self:Q2BN,
     v = self[name]
     return v.decode() if isinstance(v, Coded) else v.float()
 
-# %% ../nbs/50b_access.ipynb #c2373f4f
+# %% ../nbs/50b_access.ipynb #e308328d
 _FIXED = {'codes', 'tables', 'config', 'tokenizer', 'pi2nb'}
 
 def append_meta(
@@ -102,7 +103,7 @@ def append_meta(
         return [front, records, h.digest()]
     return write_atomic(path, _read(path, changed))
 
-# %% ../nbs/50b_access.ipynb #29668134
+# %% ../nbs/50b_access.ipynb #143c3eca
 def _packed(name, v): # a value of a state -> what safetensors holds, what the header says
     if isinstance(v, str): return {}, [name, 'alias', v]
     if isinstance(v, Tensor): return {name: v}, [name, 'raw']
@@ -120,10 +121,10 @@ def to_safetensors(
         pairs = [_packed(*x) for x in state.items()]
         tensors, records = {k: t for d,_ in pairs for k,t in d.items()}, [r for _,r in pairs]
         _need(len(tensors) == sum(len(d) for d,_ in pairs), 'two tensors would share a name', 'rename one')
-    text = _meta_bytes(meta if decode else {**meta, 'records': records}).decode()
+    text = _meta_bytes(meta if decode else {**meta, 'records': records, 'identity': identity((state, meta))}).decode()
     return write_atomic(out, safetensors_bytes(tensors, {'format': 'pt', 'q2bn': text}))
 
-# %% ../nbs/50b_access.ipynb #ffda2fe9
+# %% ../nbs/50b_access.ipynb #7291d08d
 def _unpacked(name, kind, rest, books, get): # a record of the header -> a value of a state
     if kind == 'alias': return rest[0]
     if kind == 'raw': return get(name)
@@ -146,7 +147,7 @@ def from_safetensors(
             if records is None: raise ValueError('it holds plain weights and no codes; quantise it instead')
             books = {k: _book(k, d) for k,d in meta.pop('codes').items()}
             state = {name: _unpacked(name, kind, rest, books, f.get_tensor) for name, kind, *rest in records}
-        if len(state) < len(records): raise ValueError('a name comes twice')
+        if meta.pop('identity') != identity((state, meta)): raise ValueError('its weights are not those that were written')
     except (SafetensorError, ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
         raise Q2BNError(f'{path} cannot become a .q2bin file: {e}', 'give a file that to_safetensors wrote') from None
     return write_q2bn(out, state, meta)

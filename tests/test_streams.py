@@ -27,6 +27,7 @@ def test_streams_come_back(seed):
     for (_, d), (how, s) in zip(streams, stored):
         assert len(s) <= len(d) and np.array_equal(fetch_stream(how, s, len(d), ts), d)
         for n in (len(d)-1, len(d)+1, len(d)+200_000):
+            if how >= TABLE and 4096 in tables[how-TABLE]: continue          # a byte that comes for certain takes no room: the count decides
             with pytest.raises(ValueError): fetch_stream(how, s, n, ts)
         with pytest.raises(ValueError): fetch_stream(how, s[:-1], len(d), ts)
     assert store_streams(streams) == (stored, tables)
