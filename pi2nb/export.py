@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['GGUF_TYPES', 'gguf_blocks', 'llama_tensors', 'Exported', 'to_gguf', 'to_huggingface', 'run_llama_cpp']
 
-# %% ../nbs/66_export.ipynb #fa63398a
-import base64, json, os, re, subprocess, sys, tempfile
+# %% ../nbs/66_export.ipynb #192971da
+import json, os, re, struct, subprocess, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 import gguf, numpy as np, torch
 from torch import Tensor
-from safetensors.torch import save
+from safetensors.torch import load, save
 from .codebook import Coded
 from .quantlinear import coded_state
 from .geode import parse_layout
+from .bpe import SPLITS
 from .model import LM
 from .files import write_atomic
 from .pretrained import _names, _SIZES
+from .llama import _BYTES, _PRE, llama_names
 
-# %% ../nbs/66_export.ipynb #dd9c193d
+# %% ../nbs/66_export.ipynb #a381165c
 def _multiples(c): # Coded -> whole numbers int16 [rows, cols], their step float32 [rows, cols/16]; None if they do not exist
     (rows, cols), lv = c.z.shape, np.array(c.code.levels)
     step, many = lv[1] - lv[0], c.code.group or cols
@@ -31,7 +33,7 @@ def _multiples(c): # Coded -> whole numbers int16 [rows, cols], their step float
     u = (c.s.float()*float(step/(2 - whole))).to(getattr(torch, c.code.held)).float().numpy()
     return n, np.broadcast_to(u if many < 0 else u.repeat(many//16, 1), (rows, cols//16))
 
-# %% ../nbs/66_export.ipynb #4da55b58
+# %% ../nbs/66_export.ipynb #4c6c6733
 def _half(x): # numbers [blocks, 1] -> bytes [blocks, 2]
     with np.errstate(over='ignore'): return np.ascontiguousarray(x, dtype='<f2').view(np.uint8)
 
@@ -49,7 +51,7 @@ def _common_step(u, most): # [blocks, 16] -> a step [blocks, 1] and whole multip
     k = whole//one
     return None if (x != whole).any() or k.max() > most else ((one/2**26).astype(np.float32), k.astype(np.uint8))
 
-# %% ../nbs/66_export.ipynb #0657e4e9
+# %% ../nbs/66_export.ipynb #580e6ad7
 def _tq1_0(n, u):
     if np.abs(n).max() > 1 or (d := _one_step(u)) is None: return None
     return gguf.quantize(n*d, gguf.GGMLQuantizationType.TQ1_0)
@@ -65,7 +67,7 @@ def _q2_k(n, u):
     d, k = got
     return np.hstack([k | k << 4, _bytes_of((n - low)//wide, 2, 32), _half(wide*d), _half(-low*d)])
 
-# %% ../nbs/66_export.ipynb #a77940fe
+# %% ../nbs/66_export.ipynb #2caae19b
 def _q4_0(n, u):
     if n.min() < -8 or n.max() > 7 or (d := _one_step(u)) is None: return None
     return np.hstack([_half(d), _bytes_of(n + 8, 4, 16)])
@@ -79,7 +81,7 @@ def _q8_0(n, u):
     if n.min() < -128 or n.max() > 127 or (d := _one_step(u)) is None: return None
     return np.hstack([_half(d), n.astype(np.int8).view(np.uint8)])
 
-# %% ../nbs/66_export.ipynb #ef877de0
+# %% ../nbs/66_export.ipynb #0a2d4152
 _BLOCKS = dict(TQ1_0=_tq1_0, TQ2_0=_tq2_0, Q2_K=_q2_k, Q4_0=_q4_0, Q6_K=_q6_k, Q8_0=_q8_0)
 GGUF_TYPES = (*_BLOCKS, 'F16', 'BF16', 'F32') # what we write, smallest first
 
@@ -93,7 +95,7 @@ def _as_blocks(w, grid, kind): # weights as numbers and, if they have it, as mul
     got = _BLOCKS[kind](n.reshape(-1, many), u.reshape(-1, many//16))
     return None if got is None else np.ascontiguousarray(got).reshape(len(w), -1)
 
-# %% ../nbs/66_export.ipynb #9ddf6d6d
+# %% ../nbs/66_export.ipynb #d0b5727a
 def gguf_blocks(
     t:Coded|Tensor,  # a matrix [rows, cols], or a vector, in a code or as it is
     types=GGUF_TYPES # names of the types that may be used; the first that is exact is taken
@@ -107,7 +109,7 @@ def gguf_blocks(
         if np.array_equal(gguf.dequantize(b, k := gguf.GGMLQuantizationType[kind]), w): return b, k
     raise ValueError(f'none of the types {", ".join(types)} holds these numbers exactly; allow F32, which always does')
 
-# %% ../nbs/66_export.ipynb #211cac21
+# %% ../nbs/66_export.ipynb #de0b8845
 def _not_llama(c): # LMConfig -> what a Llama has that this model has not, or None
     for wrong, why in ((set(parse_layout(c.layout)) != {'GQA'}, f'layers of attention only, not {c.layout}'),
                        (c.mlp != 'swiglu', f'a gated MLP, not {c.mlp}'), (not c.gains, 'norms with gains'),
@@ -120,58 +122,70 @@ def _rows(t, i): # rows `i` of a matrix, in its code if that can be
     z = t.z[i].cpu()
     return Coded(t.code, z, (t.s if t.code.group < 0 else t.s[i]).cpu(), tuple(z.shape))
 
-# %% ../nbs/66_export.ipynb #684a4f01
-_PARTS = {'mixer_norm': ['input_layernorm'], 'mixer.q': ['self_attn.q_proj'], 'mixer.kv': ['self_attn.k_proj', 'self_attn.v_proj'],
-          'mixer.o': ['self_attn.o_proj'], 'mlp_norm': ['post_attention_layernorm'], 'mlp.up': ['mlp.up_proj', 'mlp.gate_proj'],
-          'mlp.down': ['mlp.down_proj']} # ours, and what `transformers` makes of equal shares of its rows
-_ENDS = {'embed': 'model.embed_tokens', 'norm': 'model.norm', 'head': 'lm_head'}
-
+# %% ../nbs/66_export.ipynb #27e2f2a0
 def llama_tensors(
     lm:LM # a model in the shape of a Llama
 ) -> dict: # name in `transformers` -> `Coded` or float tensor
     "The weights under the names and in the cuts of `transformers`; raises ValueError, with the reason, on another shape"
     if why := _not_llama(lm.config): raise ValueError(f'this is no Llama, which has {why}; train one with --recipe llama')
-    out = {}
-    for name,t in coded_state(lm).items():
-        if isinstance(t, str): continue                                # a tied head
-        *at, part = name.removesuffix('.weight').split('.', 2)
-        new = [f'model.layers.{at[1]}.{k}' for k in _PARTS[part]] if at else [_ENDS[part]]
-        n = t.shape[0]//len(new)
-        for j,k in enumerate(new): out[f'{k}.weight'] = _rows(t, slice(j*n, j*n + n))
+    state, out = coded_state(lm), {}
+    for k,names in llama_names(len(lm.blocks), lm.config.tied).items():
+        n = state[k].shape[0]//len(names)
+        for j,name in enumerate(names): out[name] = _rows(state[k], slice(j*n, j*n + n))
     return out
 
-# %% ../nbs/66_export.ipynb #a88290e9
+# %% ../nbs/66_export.ipynb #47002552
 def _sizes(c): # LMConfig -> arguments of transformers' LlamaConfig
     eps = torch.finfo(torch.float32).eps if c.eps is None else c.eps
     return dict(vocab_size=c.vocab, hidden_size=c.dim, intermediate_size=round(c.dim*c.mlp_ratio),
                 num_hidden_layers=len(parse_layout(c.layout)), num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
                 max_position_embeddings=c.window, rms_norm_eps=eps, rope_theta=c.rope_base, tie_word_embeddings=c.tied)
 
-# %% ../nbs/66_export.ipynb #13af668d
-def _byte_letters(): # GPT-2's letter of each byte
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other = iter(range(256, 512))
-    return [chr(b if b in plain else next(other)) for b in range(256)]
+# %% ../nbs/66_export.ipynb #1c6cfba4
+_LETTERS = {ord(b): a for a,b in _BYTES.items()}                       # GPT-2's letter of each byte
+def _spelt(p): return ''.join(_LETTERS[b] for b in p)
 
-def _words_bytes(tok):
-    return dict(model='gpt2', pre='default', tokens=_byte_letters(), token_type=[1]*256, merges=['␀ ␀'])
+def _pairs(tok): # a tokenizer of bytes or byte-level pairs -> its settings, the bytes of each token
+    if tok.name == 'byte-bpe': return tok.to_dict(), tok.pieces
+    return dict(merges=[], specials=[], split='gpt-2', whole=False), [bytes([b]) for b in range(256)]
+
+def _words_pairs(tok):
+    d, pieces = _pairs(tok)
+    special, m = set(d['specials']), [_spelt(pieces[i]) for i in d['merges']]
+    return dict(model='gpt2', pre=next(k for k,v in _PRE.items() if v == d['split']),
+                tokens=[p.decode() if i in special else _spelt(p) for i,p in enumerate(pieces)],
+                token_type=[3 if i in special else 1 if p else 5 for i,p in enumerate(pieces)],
+                merges=[f'{a} {b}' for a,b in zip(m[::2], m[1::2])])
+
+# %% ../nbs/66_export.ipynb #49260e00
+def _words_score(tok):
+    kinds = [2, 3, 3] + [6]*256 + [1 if t else 5 for t in tok.tokens[259:]]
+    return dict(model='llama', tokens=[t.replace(' ', '▁') for t in tok.tokens], scores=[float(x) for x in tok.scores],
+                token_type=kinds, add_space_prefix=tok.prefix == b' ')
 
 def _words_bpe(tok):
-    sp, n = tok._sp, tok.vocab_size
-    kind = [6 if sp.is_byte(i) else 2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 1 for i in range(n)]
-    return dict(model='llama', tokens=[sp.id_to_piece(i) for i in range(n)], scores=[sp.get_score(i) for i in range(n)],
-                token_type=kind, add_space_prefix=False)
+    sp, n = tok._sp, range(tok.vocab_size)
+    kinds = [6 if sp.is_byte(i) else 2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 1 for i in n]
+    return dict(model='llama', tokens=[sp.id_to_piece(i) for i in n], scores=[sp.get_score(i) for i in n],
+                token_type=kinds, add_space_prefix=False)
 
-_WORDS = {'bytes': _words_bytes, 'bpe': _words_bpe}
+_WORDS = {'bytes': _words_pairs, 'byte-bpe': _words_pairs, 'score': _words_score, 'bpe': _words_bpe}
 
+def _end(tok): # id of the token that ends a text
+    if tok.name == 'score': return 2
+    return tok.bos if tok.name == 'byte-bpe' and tok.bos in tok.to_dict()['specials'] else int(tok.encode(b'\0')[0])
+
+# %% ../nbs/66_export.ipynb #47b4fc0b
 def _words(tok, vocab): # tokenizer, rows of the embedding -> GGUF's entries 'tokenizer.ggml.…'
     if tok.name not in _WORDS:
-        raise ValueError(f'llama.cpp has no vocabulary that cuts a text as {tok.name!r} does; train with one of {", ".join(_WORDS)}')
-    d = _WORDS[tok.name](tok)
-    for i in range(tok.vocab_size, vocab): d['tokens'].append(f'<unused {i}>'); d['token_type'].append(5); 'scores' in d and d['scores'].append(-1e4)
-    return d | dict(bos_token_id=tok.bos, add_bos_token=True, eos_token_id=0, add_eos_token=False)
+        raise ValueError(f'llama.cpp has no vocabulary that cuts a text as {tok.name!r} does; train with {" or ".join(_WORDS)}')
+    d, more = _WORDS[tok.name](tok), vocab - tok.vocab_size
+    d = d | dict(tokens=d['tokens'] + ['']*more, token_type=d['token_type'] + [5]*more, scores=d.get('scores', []) + [0.]*more)
+    d['tokens'] = [t or f'<unused {i}>' for i,t in enumerate(d['tokens'])]
+    if d['model'] == 'gpt2': del d['scores']
+    return d | dict(bos_token_id=int(tok.bos), add_bos_token=True, eos_token_id=_end(tok), add_eos_token=False)
 
-# %% ../nbs/66_export.ipynb #8df4290c
+# %% ../nbs/66_export.ipynb #db9f45ab
 @dataclass
 class Exported:
     "What left: print it for a table of what became of every kind of tensor"
@@ -192,7 +206,7 @@ class Exported:
         n = sum(r[4] for r in self.rows)
         return '\n'.join(out + [f'{self.path}: {self.size:,} bytes, {n:,} weights, {self.bits_per_weight:.3f} bits each with everything counted'])
 
-# %% ../nbs/66_export.ipynb #b0fa130a
+# %% ../nbs/66_export.ipynb #853e5ea2
 def _numbers(t): return (t.decode() if isinstance(t, Coded) else t.float()).numpy()
 
 def _row(name, t, kind, size, back): # of `Exported`; ValueError if what came back is not what left
@@ -209,7 +223,14 @@ def _gguf_tensors(lm): # name in GGUF -> `Coded` or float tensor
     heads = {'q_proj': c.heads, 'k_proj': c.kv_heads}
     return {names[k]: _neighbours(t, h) if (h := heads.get(k.split('.')[-2])) else t for k,t in tensors.items()}
 
-# %% ../nbs/66_export.ipynb #bb71fa28
+# %% ../nbs/66_export.ipynb #debcb9ad
+_KIND = {t: gguf.GGUFValueType[k] for t,k in ((int, 'UINT32'), (float, 'FLOAT32'), (bool, 'BOOL'), (str, 'STRING'), (list, 'ARRAY'))}
+
+class _Writer(gguf.GGUFWriter):
+    def _pack_val(self, val, vtype, *args, **kw): # which refuses an empty list
+        if vtype == _KIND[list] and not len(val): return struct.pack('<IIQ', vtype, _KIND[str], 0)
+        return super()._pack_val(val, vtype, *args, **kw)
+
 def _gguf_settings(w, c, words): # GGUFWriter, LMConfig, entries of the vocabulary
     s = _sizes(c)
     for k,g in _SIZES.items(): w.add_key_value(f'llama.{g}', s[k], _KIND[type(s[k])])
@@ -219,8 +240,6 @@ def _gguf_settings(w, c, words): # GGUFWriter, LMConfig, entries of the vocabula
     w.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for k,v in words.items(): w.add_key_value(f'tokenizer.ggml.{k}', v, _KIND[type(v)])
 
-_KIND = {t: gguf.GGUFValueType[k] for t,k in ((int, 'UINT32'), (float, 'FLOAT32'), (bool, 'BOOL'), (str, 'STRING'), (list, 'ARRAY'))}
-
 def _prove(path, tensors): # read a GGUF file again -> rows of `Exported`
     stored = {t.name: t for t in gguf.GGUFReader(path).tensors}
     def row(k, t):
@@ -228,17 +247,17 @@ def _prove(path, tensors): # read a GGUF file again -> rows of `Exported`
         return _row(k, t, g.tensor_type.name, g.n_bytes, gguf.dequantize(g.data, g.tensor_type))
     return [row(k, t) for k,t in tensors.items()]
 
-# %% ../nbs/66_export.ipynb #c179c5a0
+# %% ../nbs/66_export.ipynb #01307173
 def to_gguf(
     lm:LM,           # a model in the shape of a Llama
-    tokenizer,       # its tokenizer: bytes or byte pairs
+    tokenizer,       # its tokenizer
     path,            # where to write
     types=GGUF_TYPES # see `gguf_blocks`
 ) -> Exported:       # what became of every tensor; print it
     "Write a GGUF file that decodes to exactly the numbers of `lm`; raises ValueError if the model or tokenizer has no such form"
     tensors, words = _gguf_tensors(lm), _words(tokenizer, lm.config.vocab)
     with tempfile.TemporaryDirectory() as d:
-        w = gguf.GGUFWriter(tmp := Path(d)/'model.gguf', 'llama')
+        w = _Writer(tmp := Path(d)/'model.gguf', 'llama')
         _gguf_settings(w, lm.config, words)
         for k,t in tensors.items():
             try: b, kind = gguf_blocks(t, types)
@@ -249,24 +268,48 @@ def to_gguf(
         write_atomic(path, tmp.read_bytes())
     return Exported(str(path), Path(path).stat().st_size, rows)
 
-# %% ../nbs/66_export.ipynb #fa5b2aed
+# %% ../nbs/66_export.ipynb #f2e535c0
 def _short(t): # numbers as bfloat16 if that loses nothing
     x = torch.from_numpy(_numbers(t)).contiguous()
     return b if torch.equal((b := x.bfloat16()).float(), x) else x
 
-def _byte_json(): # `tokenizer.json` of the library tokenizers: every byte is a token
-    level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=False)
-    model = dict(type='BPE', vocab={a: i for i,a in enumerate(_byte_letters())}, merges=[])
-    return dict(version='1.0', truncation=None, padding=None, added_tokens=[], normalizer=None, pre_tokenizer=level,
-                post_processor=None, decoder=level, model=model)
+_CUTS = {'gpt-2': [], 'smollm': [dict(type='Digits', individual_digits=True)],
+         'llama-3': [dict(type='Split', pattern=dict(Regex=SPLITS['llama-3'][0]), behavior='Isolated', invert=False)]}
 
+def _json_words(vocab, merges, names, cut, norm, back, **more): # `tokenizer.json` of the library tokenizers
+    how = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    model = dict(type='BPE', vocab={t: i for i,t in enumerate(vocab)}, merges=merges, **more)
+    return dict(version='1.0', truncation=None, padding=None, added_tokens=[dict(id=i, content=vocab[i], **how) for i in names],
+                normalizer=norm, pre_tokenizer=cut, post_processor=None, decoder=back, model=model)
+
+def _pairs_json(tok):
+    (d, pieces), w = _pairs(tok), _words(tok, tok.vocab_size)
+    level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=d['split'] != 'llama-3')
+    cut = dict(type='Sequence', pretokenizers=[*_CUTS[d['split']], level]) if _CUTS[d['split']] else level
+    return _json_words(w['tokens'], [m.split(' ') for m in w['merges']], d['specials'], cut, None, level, ignore_merges=d['whole'])
+
+# %% ../nbs/66_export.ipynb #ebff1f8c
+def _scored_json(tok): # the same for pieces with scores: a pair's place in the list follows from the score of what it makes
+    w = _words(tok, tok.vocab_size)
+    ids, kinds = {t: i for i,t in enumerate(w['tokens'])}, w['token_type']
+    plain = {t: w['scores'][i] for t,i in ids.items() if kinds[i] == 1}
+    pairs = [(-x, ids[t[:k]], ids[t[k:]], [t[:k], t[k:]]) for t,x in plain.items() for k in range(1, len(t)) if t[:k] in plain and t[k:] in plain]
+    space = [dict(type='Replace', pattern=dict(String=' '), content='▁')]
+    back = [dict(type='Replace', pattern=dict(String='▁'), content=' '), dict(type='ByteFallback'), dict(type='Fuse')]
+    if w['add_space_prefix']:
+        space.insert(0, dict(type='Prepend', prepend='▁'))
+        back.append(dict(type='Strip', content=' ', start=1, stop=0))
+    return _json_words(w['tokens'], [p[-1] for p in sorted(pairs)], [i for i,k in enumerate(kinds) if k in (2, 3)], None,
+                       dict(type='Sequence', normalizers=space), dict(type='Sequence', decoders=back),
+                       byte_fallback=True, unk_token=w['tokens'][0], fuse_unk=True)
+
+# %% ../nbs/66_export.ipynb #6d19368d
 def _word_files(tok): # name -> bytes
-    if tok.name == 'bpe': return {'tokenizer.model': base64.b64decode(tok.model)}
-    if tok.name != 'bytes': return {}
-    files = {'tokenizer.json': _byte_json(), 'tokenizer_config.json': dict(tokenizer_class='PreTrainedTokenizerFast')}
+    if tok.name not in _WORDS: return {}
+    d = (_pairs_json if _WORDS[tok.name] is _words_pairs else _scored_json)(tok)
+    files = {'tokenizer.json': d, 'tokenizer_config.json': dict(tokenizer_class='PreTrainedTokenizerFast')}
     return {k: json.dumps(v, ensure_ascii=False, indent=1).encode() for k,v in files.items()}
 
-# %% ../nbs/66_export.ipynb #be6713d6
 def to_huggingface(
     lm:LM,     # a model in the shape of a Llama
     tokenizer, # its tokenizer; one that has no such file leaves without one
@@ -274,15 +317,15 @@ def to_huggingface(
 ) -> Exported: # what became of every tensor; print it
     "Write a folder that `LlamaForCausalLM.from_pretrained` loads; raises ValueError if the model is no Llama"
     folder, tensors = Path(folder), llama_tensors(lm)
-    short = {k: _short(t) for k,t in tensors.items()}
+    data = save({k: _short(t) for k,t in tensors.items()}, {'format': 'pt'})
+    rows = [_row(k, tensors[k], str(x.dtype)[6:], x.nbytes, x.float().numpy()) for k,x in load(data).items()]
     config = _sizes(lm.config) | dict(architectures=['LlamaForCausalLM'], model_type='llama', hidden_act='silu', dtype='float32',
-                                      bos_token_id=int(tokenizer.bos), eos_token_id=None)
-    files = {'config.json': json.dumps(config, indent=1).encode(), 'model.safetensors': save(short, {'format': 'pt'})} | _word_files(tokenizer)
+                                      bos_token_id=int(tokenizer.bos), eos_token_id=_end(tokenizer))
+    files = {'config.json': json.dumps(config, indent=1).encode(), 'model.safetensors': data} | _word_files(tokenizer)
     for k,b in files.items(): write_atomic(folder/k, b)
-    rows = [_row(k, tensors[k], str(x.dtype)[6:], x.nbytes, x.float().numpy()) for k,x in short.items()]
     return Exported(str(folder), sum(map(len, files.values())), rows)
 
-# %% ../nbs/66_export.ipynb #734200b2
+# %% ../nbs/66_export.ipynb #e24f97b5
 _PEER = """
 import json, sys, time, numpy as np
 from llama_cpp import Llama, __version__
@@ -291,16 +334,16 @@ m = Llama(job['path'], n_ctx=job['context'], n_batch=job['context'], n_threads=1
           type_k=0, type_v=0, verbose=False)
 def read(ids): m.eval(ids); return m.scores[m.n_tokens-len(ids):m.n_tokens].copy()
 def fresh(ids): m.reset(); return read(ids)
-start = time.perf_counter(); logits = [fresh(w) for w in job['windows']]; read_s = time.perf_counter() - start
-ids = prompt = m.tokenize(job['prompt'].encode(), add_bos=True, special=False)
-new, seconds, x = [], [], fresh(ids)
-for _ in range(job['tokens']):
-    new.append(int(x[-1].argmax())); start = time.perf_counter(); x = read(new[-1:]); seconds.append(time.perf_counter() - start)
+logits, reading, writing, new = [], [], [], []
+def timed(f, ids, seconds): start = time.process_time(); x = f(ids); seconds.append(time.process_time() - start); return x
+for w in job['windows']: logits.append(timed(fresh, w, reading))
+x = fresh(prompt := m.tokenize(job['prompt'].encode(), add_bos=True, special=False))
+for _ in range(job['tokens']): new.append(int(x[-1].argmax())); x = timed(read, new[-1:], writing)
 np.save(job['logits'], np.array(logits))
-print(json.dumps(dict(version=__version__, prompt=prompt, new=new, read_s=read_s, token_s=sorted(seconds)[len(new)//2] if new else 0)))
+print(json.dumps(dict(version=__version__, prompt=prompt, new=new, read_s=min(reading or [0]), write_s=min(writing or [0]))))
 """
 
-# %% ../nbs/66_export.ipynb #97908dd1
+# %% ../nbs/66_export.ipynb #5721cb7f
 def run_llama_cpp(
     path,             # a GGUF file
     windows:list,     # lists of token ids of one length, each read from a fresh start
@@ -308,7 +351,7 @@ def run_llama_cpp(
     tokens:int = 0,   # how many tokens to write, the likeliest each time; with the prompt they must fit the context
     context:int = 256,# length of context
     python = None     # an interpreter that has llama-cpp-python; None: what LLAMA_CPP_PYTHON names, or this one
-) -> dict: # logits [windows, time, vocab]; token ids of the prompt and new ones; seconds for the windows and for one new token
+) -> dict: # logits [windows, time, vocab]; token ids of the prompt and new ones; CPU seconds of the fastest window and of the fastest new token
     "What llama.cpp makes of a file, on one thread; raises ImportError if it is not there or fails"
     with tempfile.TemporaryDirectory() as d:
         job = dict(path=str(path), windows=windows, prompt=prompt, tokens=tokens, context=context, logits=f'{d}/logits.npy')

@@ -1,5 +1,6 @@
 "Leaving: every block type against the library that decodes it, every shape of Llama against the library that runs it"
-import json
+
+import os, shutil, subprocess, sys
 from dataclasses import replace
 
 import gguf, numpy as np, pytest, torch
@@ -7,7 +8,9 @@ from hypothesis import given, settings, strategies as st
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from pi2nb.codebook import CODES, Coded, codebook, hold
-from pi2nb.export import GGUF_TYPES, gguf_blocks, llama_tensors, to_gguf, to_huggingface
+from pi2nb.bpe import SPLITS, ByteBPETokenizer, ScoreTokenizer
+from pi2nb.export import GGUF_TYPES, gguf_blocks, llama_tensors, run_llama_cpp, to_gguf, to_huggingface
+from pi2nb.llama import read_source
 from pi2nb.model import LM, LMConfig, recipe
 from pi2nb.pretrained import load_gguf
 from pi2nb.tokenizer import BPETokenizer, ByteTokenizer, UnigramTokenizer
@@ -108,7 +111,7 @@ def test_a_number_that_came_back_changed_stops_the_export(tmp_path, monkeypatch)
     assert kind.name == 'F16'                                          # wrong blocks are not taken
     monkeypatch.setattr('pi2nb.export.gguf_blocks', lambda t, types: (np.zeros((t.shape), np.float32), gguf.GGMLQuantizationType.F32))
     (tmp_path/'m.gguf').write_bytes(b'old')
-    with pytest.raises(ValueError, match='token_embd.weight came back changed'): to_gguf(llama(), ByteTokenizer(), tmp_path/'m.gguf')
+    with pytest.raises(ValueError, match='came back changed'): to_gguf(llama(), ByteTokenizer(), tmp_path/'m.gguf')
     assert (tmp_path/'m.gguf').read_bytes() == b'old' and len(list(tmp_path.iterdir())) == 1
 
 
@@ -136,3 +139,54 @@ def test_byte_pairs_keep_their_pieces(tmp_path):
     for i, (p, k) in enumerate(zip(tokens, kind)):
         assert (bytes([int(p[3:5], 16)]) if k == 6 else b'' if k in (2, 3) else p.replace('▁', ' ').encode()) == tok.decode([i])
     with pytest.raises(ValueError, match="cuts a text as 'unigram' does"): to_gguf(lm, UnigramTokenizer.train(TEXT, 290), tmp_path/'u.gguf')
+
+
+PAIRS = [chr(b) for b in range(256)] + ['th', 'the', ' the', '  ', 'he', '\xc3\xa9', '12', '<|end|>', '']
+MERGES = [ord('t'), ord('h'), 256, ord('e'), ord(' '), 257, 32, 32, ord('h'), ord('e'), 0xc3, 0xa9, ord('1'), ord('2')]
+SCORED = ['<unk>', '<s>', '</s>', *(f'<0x{b:02X}>' for b in range(256)), ' t', 'he', ' the', ' the ', 'é', *' thex12', '']
+TOKENIZERS = {'bytes': lambda: ByteTokenizer(), 'bpe': lambda: BPETokenizer.train(TEXT, 300),
+              **{s: lambda s=s: ByteBPETokenizer(PAIRS, MERGES, [263], s, 263, s == 'llama-3') for s in SPLITS},
+              **{f'score{p}': lambda p=p: ScoreTokenizer(SCORED, [-float(i) for i in range(len(SCORED))], p) for p in ('', ' ')}}
+
+
+@pytest.mark.parametrize('kind', TOKENIZERS)
+def test_a_text_is_cut_alike_by_the_libraries_that_read_our_vocabulary(kind, tmp_path):
+    tok = TOKENIZERS[kind]()
+    lm = llama(vocab=tok.vocab_size + 3)
+    to_gguf(lm, tok, tmp_path/'m.gguf')
+    to_huggingface(lm, tok, tmp_path/'hf')
+    theirs, prefix = AutoTokenizer.from_pretrained(tmp_path/'hf'), getattr(tok, 'prefix', b'').decode()
+    home, back = read_source(tmp_path/'m.gguf') if kind != 'bpe' else (None, None)  # 64a wants the bytes of a scored vocabulary in Llama's places
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.text(st.sampled_from(' \n\tthexé你12’.!')) | st.text(st.characters(exclude_categories=['Cs'], exclude_characters='▁')))
+    def same(s):
+        want = tok.encode(prefix + s).tolist() if s else []
+        assert theirs.encode(s, add_special_tokens=False) == want
+        if back: assert back.encode(s).tolist() == tok.encode(s).tolist()
+    same()
+    if home: assert torch.equal(home(torch.arange(20)[None])[0][..., :tok.vocab_size], lm(torch.arange(20)[None])[0][..., :tok.vocab_size])
+
+
+PEER = os.environ.get('LLAMA_CPP_PYTHON', sys.executable)
+there = shutil.which(PEER) and not subprocess.run([PEER, '-c', 'import llama_cpp'], capture_output=True).returncode
+
+
+@pytest.mark.skipif(not there, reason='llama-cpp-python is not here; see run_llama_cpp')
+@pytest.mark.parametrize('kind', TOKENIZERS)
+def test_llama_cpp_itself_agrees(kind, tmp_path):
+    tok = TOKENIZERS[kind]()
+    lm = llama(vocab=tok.vocab_size, window=256)
+    windows = [[tok.bos, *range(3, 63)]]*2
+    want = lm(torch.tensor(windows))[0].numpy()
+    text = '  the é 12\n\n“Whether ’tis nobler” 你好 thethe x'
+    for types, most in ((('F32',), 1e-5), (GGUF_TYPES, .1)):
+        to_gguf(lm, tok, tmp_path/'m.gguf', types)
+        r = run_llama_cpp(tmp_path/'m.gguf', windows, text, 3)
+        assert np.abs(r['logits'] - want).max() < most*np.abs(want).max() and len(r['new']) == 3
+        assert r['prompt'] == [tok.bos, *tok.encode(getattr(tok, 'prefix', b'').decode() + text)]
+
+
+def test_llama_cpp_that_is_not_there_is_one_sentence():
+    with pytest.raises(ImportError, match='no such program; pip install llama-cpp-python'): run_llama_cpp('m.gguf', [], python='no-such-python')
+    with pytest.raises(ImportError, match='did not run'): run_llama_cpp('m.gguf', [], python='false')
