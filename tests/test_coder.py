@@ -1,0 +1,138 @@
+"The coder: any bytes come back, whatever the road; damage, another model and a cut file are refused"
+import random, struct, zlib
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from pi2nb import coder
+from pi2nb.coder import (RansReader, compress, decode_tokens, decompress, encode_tokens, frequency_table, prove, rans_push, table_bits,
+                         _cut, _measure, _push, _read)
+from pi2nb.corpus import load_corpus
+from pi2nb.exactlm import ExactLM, uncompiled
+from pi2nb.model import LM, LMConfig
+from pi2nb.quantlinear import frozen_copy
+from pi2nb.tokenizer import ByteTokenizer, UnigramTokenizer
+
+TEXT, TOK = load_corpus('shakespeare').test, ByteTokenizer()
+
+
+def model(seed=0, **kw):
+    torch.manual_seed(seed)
+    return frozen_copy(LM(LMConfig(**dict(layout='GQA, CfC', dim=16, heads=2, kv_heads=1, window=16) | kw)))
+
+
+LM0 = model()
+SMALL = compress(TEXT[:200], LM0, TOK)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 600), st.integers(1, 40), st.floats(0, 60), st.integers(0, 2**30))
+def test_tables_sum_exactly_and_code_any_tokens(vocab, rows, spread, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, want, bits = torch.randn(rows, vocab, generator=g)*spread, torch.randint(0, vocab, (rows,), generator=g), table_bits(vocab)
+    f = frequency_table(x)
+    assert f.min() >= 1 and (f.sum(1) == 2**bits).all()
+    start, freq = _measure(x, want.int())
+    at = torch.arange(rows), want
+    assert start.tolist() == (f.cumsum(1) - f)[at].tolist() and freq.tolist() == f[at].tolist()
+    data = _push(start, freq, bits)
+    assert data == rans_push(start, freq, bits)
+    for read in (_read, lambda r, x: r.pop(frequency_table(x), bits)):
+        r = RansReader(data)
+        assert torch.equal(read(r, x).long(), want) and r.done()
+
+
+def test_a_large_vocabulary():
+    x, want = torch.randn(3, 49152)*9, torch.tensor([0, 49151, 7])
+    f, (start, freq) = frequency_table(x), _measure(x, want.int())
+    assert (f.sum(1) == 2**28).all() and freq.tolist() == f[torch.arange(3), want].tolist()
+    assert torch.equal(_read(RansReader(_push(start, freq, 28)), x).long(), want)
+
+
+@pytest.mark.parametrize('data', [b'', b'x', bytes(range(256)), b'\0'*5000, TEXT[:9000], random.Random(1).randbytes(3000), TEXT[:400] + b'\xff\xfe' + TEXT[:300]],
+                         ids='empty one all zeros lanes noise mixed'.split())
+def test_bytes_come_back(data):
+    small = compress(data, LM0, TOK)
+    assert decompress(small, LM0, TOK) == data
+    assert len(small) <= len(data) + 90
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.binary(max_size=400))
+def test_any_bytes_come_back_with_any_tokenizer(data):
+    assert decompress(compress(data, LM0, TOK), LM0, TOK) == data
+    assert decompress(compress(data, *PIECES), *PIECES) == data
+
+
+TOK2 = UnigramTokenizer.train(TEXT, 400)
+PIECES = model(vocab=TOK2.vocab_size), TOK2
+
+
+def test_the_model_is_used():
+    for lm, tok in ((LM0, TOK), PIECES):
+        ids = tok.encode(TEXT[:3000])
+        stream = encode_tokens(ExactLM(lm), tok, ids)
+        assert np.array_equal(decode_tokens(ExactLM(lm), tok, stream, len(ids)), ids)
+        assert len(stream) < 1.05*len(ids)*np.log2(tok.vocab_size)/8 + 8
+
+
+def test_threads_roads_and_lanes_write_one_file(monkeypatch):
+    monkeypatch.setattr(coder, '_cut', lambda n: (5, -(-n//5)))
+    ids, before, got = TOK.encode(TEXT[:603]), torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            got.append(encode_tokens(ExactLM(LM0), TOK, ids))
+    finally: torch.set_num_threads(before)
+    with uncompiled(): got.append(encode_tokens(ExactLM(LM0), TOK, ids))
+    monkeypatch.setattr(coder, '_coder', lambda: None)
+    got.append(encode_tokens(ExactLM(LM0), TOK, ids))
+    assert len(set(got)) == 1
+    with uncompiled(): assert np.array_equal(decode_tokens(ExactLM(LM0), TOK, got[0], 603), ids)
+
+
+def test_long_files_are_cut_into_blocks(monkeypatch):
+    monkeypatch.setattr(coder, '_BLOCK', 500)
+    small = compress(TEXT[:1234], LM0, TOK, verify=True)
+    assert struct.unpack_from('<I', small, 45)[0] == 3
+    assert decompress(small, LM0, TOK) == TEXT[:1234]
+
+
+@pytest.mark.parametrize('bit', range(8))
+def test_every_changed_bit_is_refused(bit):
+    for i in range(len(SMALL)):
+        hurt = bytearray(SMALL)
+        hurt[i] ^= 1 << bit
+        with pytest.raises(ValueError): decompress(bytes(hurt), LM0, TOK)
+
+
+def test_cut_files_and_other_models_are_refused():
+    for n in range(len(SMALL)):
+        with pytest.raises(ValueError): decompress(SMALL[:n], LM0, TOK)
+    with pytest.raises(ValueError, match='damaged'): decompress(SMALL + b'x', LM0, TOK)
+    for other in (model(1), model(window=15)):
+        with pytest.raises(ValueError, match='another model'): decompress(SMALL, other, TOK)
+    with pytest.raises(ValueError, match='PI2C'): decompress(b'PK' + SMALL, LM0, TOK)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(45, len(SMALL)-5), st.binary(min_size=1, max_size=9))
+def test_forged_files_end_in_one_sentence(at, new):
+    forged = bytearray(SMALL[:-4])
+    forged[at:at+len(new)] = new[:len(forged)-at]
+    forged += struct.pack('<I', zlib.crc32(forged))
+    try: assert decompress(bytes(forged), LM0, TOK) == TEXT[:200]
+    except ValueError as e: assert len(str(e).splitlines()) == 1
+
+
+def test_a_proof_holds_and_a_bad_one_does_not():
+    p = prove(LM0, TOK, TEXT[:6000])
+    assert p.same and p.holds and p.bytes == 6000 and abs(p.gap) < .002
+    assert not coder.Proof(False, 2., 2., 1, 1000).holds and not coder.Proof(True, 2.1, 2., 1, 10000).holds
+    with pytest.raises(ValueError, match='1 byte'): prove(LM0, TOK, b'')
+
+
+def test_the_encoder_refuses_a_model_without_numbers():
+    e = ExactLM(LM0)
+    e.head.scale = e.head.scale*float('nan')
+    with pytest.raises(ValueError, match='NaN'): encode_tokens(e, TOK, TOK.encode(b'abc'))
+
+
