@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'join_pairs', 'MergeTokenizer', 'cut_words', 'ByteBPETokenizer', 'ScoreTokenizer']
 
-# %% ../nbs/30a_bpe.ipynb #65e0c5f8
+# %% ../nbs/30a_bpe.ipynb #abc567b7
 import re, struct, unicodedata
 from functools import lru_cache
 from heapq import heappop, heappush
@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 from .tokenizer import ByteTokenizer, PieceTokenizer, register_tokenizer, tokenizer_from_dict
 
-# %% ../nbs/30a_bpe.ipynb #937c4a3d
+# %% ../nbs/30a_bpe.ipynb #b2bbe77b
 def join_pairs(
     ids:list, # token ids to begin with, of the smallest pieces
     pair      # function of two neighbours: (order, id of the joined token), or None if they are never joined
@@ -36,7 +36,7 @@ def join_pairs(
         look(i)
     return [t for t in ids if t >= 0]
 
-# %% ../nbs/30a_bpe.ipynb #c6b81b1a
+# %% ../nbs/30a_bpe.ipynb #5ed3c98a
 class MergeTokenizer(PieceTokenizer):
     "Words, letters, joined pairs; a subclass says what they are: `_words`, `_letters`, `_pair`, and `_whole` for words that are tokens"
     def __init__(self,
@@ -57,7 +57,7 @@ class MergeTokenizer(PieceTokenizer):
             if len(self._seen) < 2**17 and len(word) < 64: self._seen[word] = ids
         return ids
 
-# %% ../nbs/30a_bpe.ipynb #423bb14d
+# %% ../nbs/30a_bpe.ipynb #5dcb9fa0
 @patch
 def encode(self:MergeTokenizer,
     text:str|bytes # text, or raw bytes
@@ -66,11 +66,11 @@ def encode(self:MergeTokenizer,
     text = ByteTokenizer().encode(text).tobytes().decode('utf-8', 'surrogateescape')
     return np.fromiter(chain.from_iterable(map(self._tokens, self._words(text))), self._dtype)
 
-# %% ../nbs/30a_bpe.ipynb #a5cc7b6b
+# %% ../nbs/30a_bpe.ipynb #9b17d693
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-SPLITS = {'gpt-2': (_GPT2,), 'smollm': (r'\p{N}', _GPT2), 'llama-3': (_LLAMA3,)} # name -> expressions, one after the other
+SPLITS = {'gpt-2': (_GPT2,), 'smollm': (r'\p{N}', _GPT2), 'llama-3': (_LLAMA3,), 'none': ()} # name -> expressions, one after the other
 
 @lru_cache
 def _class(kind): # the characters of a Unicode category, as they stand inside [...]
@@ -82,7 +82,7 @@ def _class(kind): # the characters of a Unicode category, as they stand inside [
 
 _SPACE = r'\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000' # Unicode's white space; Python's \s has four more
 
-# %% ../nbs/30a_bpe.ipynb #95a9a483
+# %% ../nbs/30a_bpe.ipynb #2f8a588d
 @lru_cache
 def _splitter(pattern): # an expression as GPT-2 writes it -> compiled for Python, in one group
     sets = {r'\p{L}': _class('L'), r'\p{N}': _class('N'), r'\s': _SPACE}
@@ -98,7 +98,7 @@ def cut_words(
     for pattern in map(_splitter, SPLITS[split]): text = [w for t in ([text] if isinstance(text, str) else text) for w in pattern.split(t) if w]
     return [text] if isinstance(text, str) else text
 
-# %% ../nbs/30a_bpe.ipynb #85f2365d
+# %% ../nbs/30a_bpe.ipynb #48b30ccf
 @register_tokenizer
 class ByteBPETokenizer(MergeTokenizer):
     "Byte-pair encoding of bytes, as GPT-2 (Radford et al. 2019), Llama 3 and SmolLM use it"
@@ -121,7 +121,7 @@ class ByteBPETokenizer(MergeTokenizer):
 
     def to_dict(self): return dict(name=self.name, **self._state)
 
-# %% ../nbs/30a_bpe.ipynb #61a726b9
+# %% ../nbs/30a_bpe.ipynb #1f5a03d8
 def _ranks(pieces, merges, ids): # -> {(first, second): (order, id of the joined token)}
     pairs = {}
     for n, (a, b) in enumerate(zip(merges[::2], merges[1::2], strict=True)):
@@ -146,7 +146,7 @@ def _letters(self:ByteBPETokenizer, word): return [self._id[bytes([b])] for b in
 @patch
 def _pair(self:ByteBPETokenizer, a, b): return self._ranks.get((a, b))
 
-# %% ../nbs/30a_bpe.ipynb #b0470743
+# %% ../nbs/30a_bpe.ipynb #a9ada944
 @register_tokenizer
 class ScoreTokenizer(MergeTokenizer):
     "Tokens with scores, as Llama 2 and llama2.c keep them: text is joined greedily, best score first"
@@ -168,7 +168,7 @@ class ScoreTokenizer(MergeTokenizer):
 
     def to_dict(self): return dict(name=self.name, tokens=self.tokens, scores=self.scores, prefix=self.prefix.decode(), bos=self.bos)
 
-# %% ../nbs/30a_bpe.ipynb #c1191451
+# %% ../nbs/30a_bpe.ipynb #0286091c
 @patch
 def _words(self:ScoreTokenizer, text): return self._cut.findall(text)
 @patch
@@ -183,7 +183,7 @@ def _pair(self:ScoreTokenizer, a, b):
     new = self._known.get(self.tokens[a] + self.tokens[b])
     return None if new is None else (-self.scores[new], new)
 
-# %% ../nbs/30a_bpe.ipynb #32fada63
+# %% ../nbs/30a_bpe.ipynb #6edcb934
 @patch(cls_method=True)
 def load(cls:ScoreTokenizer,
     path:str|Path # a llama2.c tokenizer file

@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'register_method', 'llama_shape', 'llama_names', 'build_llama', 'read_source', 'block_matrices',
            'put_coded', 'round_weights', 'quantize_lm', 'QuantizeReport', 'quantize_source']
 
-# %% ../nbs/64a_llama.ipynb #d703afed
+# %% ../nbs/64a_llama.ipynb #8b6ac108
 import json
 from dataclasses import dataclass, replace
 from math import exp, log
@@ -22,7 +22,7 @@ from .model import LM, LMConfig
 from .q2bn import save_model
 from .pretrained import _gguf_reader, cut_windows, load_gguf, load_llama2c, next_token_nats
 
-# %% ../nbs/64a_llama.ipynb #48ccf15f
+# %% ../nbs/64a_llama.ipynb #1916df37
 def _refuse(name, c): # ValueError about the first setting of a config.json that our model cannot represent
     rope, heads = c.get('rope_parameters') or {}, c['num_attention_heads']
     scaled = [r.get('rope_type', r.get('type', 'default')) for r in (rope, c.get('rope_scaling') or {})]
@@ -36,7 +36,7 @@ def _refuse(name, c): # ValueError about the first setting of a config.json that
         'is quantised already': c.get('quantization_config')}
     if found := [p for p,bad in problems.items() if bad]: raise ValueError(f'{name} {found[0]}; give a plain Llama in float weights')
 
-# %% ../nbs/64a_llama.ipynb #9094da13
+# %% ../nbs/64a_llama.ipynb #8b1ea0d6
 def llama_shape(
     c:dict,            # what a `config.json` says
     name:str = 'model' # how messages call it
@@ -52,7 +52,7 @@ def llama_shape(
         c['intermediate_size']/c['hidden_size'], gains=True, eps=float(c.get('rms_norm_eps', 1e-6)), qk_norm=False, rope_base=float(theta),
         vocab=c['vocab_size'], tied=bool(c.get('tie_word_embeddings', False)), code=None, gate_code=None, embed_code=None)
 
-# %% ../nbs/64a_llama.ipynb #69cd2705
+# %% ../nbs/64a_llama.ipynb #3e198ba3
 _BLOCK = {'mixer_norm': ['input_layernorm'], 'mixer.q': ['self_attn.q_proj'], 'mixer.kv': ['self_attn.k_proj', 'self_attn.v_proj'],
           'mixer.o': ['self_attn.o_proj'], 'mlp_norm': ['post_attention_layernorm'],
           'mlp.up': ['mlp.up_proj', 'mlp.gate_proj'], 'mlp.down': ['mlp.down_proj']}
@@ -66,7 +66,7 @@ def llama_names(
     ends = {'embed.weight': ['model.embed_tokens.weight'], 'norm.weight': ['model.norm.weight'], 'head.weight': ['lm_head.weight']}
     return blocks | {k: v for k,v in ends.items() if not (tied and k == 'head.weight')}
 
-# %% ../nbs/64a_llama.ipynb #a15df9be
+# %% ../nbs/64a_llama.ipynb #314e05fe
 def _take(have, get, names, shape, name): # the tensors of those names as one float32 tensor of that shape
     parts = []
     for n in names:
@@ -81,7 +81,7 @@ def _take(have, get, names, shape, name): # the tensors of those names as one fl
 
 def _widen(w, rows): return w if rows <= len(w) else torch.cat([w, w.mean(0, keepdim=True).expand(rows - len(w), -1)])
 
-# %% ../nbs/64a_llama.ipynb #b5015b20
+# %% ../nbs/64a_llama.ipynb #4c462183
 _SILENT = ('rotary_emb.inv_freq', 'lm_head.weight') # computed anew, and shared where the head is tied
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def build_llama(
     lm.embed.num_embeddings = lm.head.out_features = lm.config.vocab
     return lm.eval()
 
-# %% ../nbs/64a_llama.ipynb #da81e490
+# %% ../nbs/64a_llama.ipynb #ad9da647
 _PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTES = {chr(b): chr(b) for b in _PRINTED} | {chr(256 + i): chr(b) for i,b in enumerate(b for b in range(256) if b not in _PRINTED)}
 
@@ -124,18 +124,18 @@ def _scored(tokens, scores, kinds, prefix, bos): # kinds as GGUF counts them: 1 
     plain = [t.replace('▁', ' ') if i < 259 or k in (1, 4) else '' for i,(t,k) in enumerate(zip(tokens, kinds))]
     return ScoreTokenizer(plain, scores, prefix, 1 if bos is None else bos)
 
-# %% ../nbs/64a_llama.ipynb #7eb03e55
+# %% ../nbs/64a_llama.ipynb #7d4e8659
 def _split_of(d, name): # the settings of a tokenizer.json -> a key of `SPLITS`, or ValueError
     pre = d.get('pre_tokenizer') or {}
     steps = pre.get('pretokenizers', [pre])
     kinds = [s.get('type') for s in steps]
     known = not d.get('normalizer') and not any(s.get('add_prefix_space') for s in steps)
-    if known and kinds == ['ByteLevel'] and steps[0].get('use_regex', True): return 'gpt-2'
+    if known and kinds == ['ByteLevel']: return 'gpt-2' if steps[0].get('use_regex', True) else 'none'
     if known and kinds == ['Digits', 'ByteLevel'] and steps[0].get('individual_digits') and steps[1].get('use_regex', True): return 'smollm'
     if known and kinds == ['Split', 'ByteLevel'] and steps[0]['pattern'].get('Regex') == SPLITS['llama-3'][0] and steps[0]['behavior'] == 'Isolated': return 'llama-3'
     raise ValueError(f'the tokenizer of {name} changes or cuts text in a way that is not known here; give a model with that of GPT-2, SmolLM or Llama')
 
-# %% ../nbs/64a_llama.ipynb #507fd228
+# %% ../nbs/64a_llama.ipynb #afad8b8c
 def _of_json(path, bos): # a tokenizer.json -> tokenizer
     try:
         d = json.loads(path.read_text('utf-8')); m = d['model']
@@ -151,7 +151,7 @@ def _of_json(path, bos): # a tokenizer.json -> tokenizer
     spaces = any(s in json.dumps([d.get('normalizer'), d.get('pre_tokenizer')]) for s in ('Prepend', '"first"', '"always"'))
     return _scored(tokens, [best.get(t, 0) for t in tokens], kinds, ' ' if spaces else '', bos)
 
-# %% ../nbs/64a_llama.ipynb #45ef9a4f
+# %% ../nbs/64a_llama.ipynb #cd6890f3
 def _of_model(path, bos): # a SentencePiece file -> tokenizer
     import sentencepiece
     try: sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -170,10 +170,13 @@ def _of_gguf(reader, name): # the settings in a GGUF -> tokenizer
     kind, tokens, bos = ask('model'), ask('tokens', []), ask('bos_token_id')
     types = ask('token_type', [1]*len(tokens))
     if kind == 'llama': return _scored(tokens, ask('scores', []), types, ' ' if ask('add_space_prefix', True) else '', bos)
-    if kind == 'gpt2' and ask('pre') in _PRE: return _byte_bpe(tokens, ask('merges', []), [i for i,t in enumerate(types) if t in (3, 4)], _PRE[ask('pre')], bos)
+    known, split = set(tokens), _PRE.get(ask('pre'))
+    merges = [m for m in ask('merges', []) if known.issuperset(m.split(' '))] # llama.cpp leaves out the others, too
+    if kind == 'gpt2' and (split or not merges):                       # where nothing joins, no cut matters
+        return _byte_bpe(tokens, merges, [i for i,t in enumerate(types) if t in (3, 4)], split or 'none', bos)
     raise ValueError(f'{name} has a tokenizer of kind {kind!r} ({ask("pre")!r}), which is not known here; give one of {", ".join(_PRE)} or of kind llama')
 
-# %% ../nbs/64a_llama.ipynb #f54ee45a
+# %% ../nbs/64a_llama.ipynb #f765ce1a
 def _tensors(files, name): # safetensors files -> {name of a tensor: function that reads it}
     out = {}
     for f in files:
@@ -192,7 +195,7 @@ def _read_folder(path): # -> (config, {name: reader}, folder)
     files = [path] if path.is_file() else sorted({folder/f for f in json.loads(index.read_text())['weight_map'].values()}) if index.exists() else sorted(folder.glob('*.safetensors'))
     return config, _tensors(files, path.name), folder
 
-# %% ../nbs/64a_llama.ipynb #576b13b4
+# %% ../nbs/64a_llama.ipynb #126f5f8b
 def _tokenizer_at(place, bos): # a file, or a folder to look in -> tokenizer
     kinds = {'tokenizer.json': _of_json, 'tokenizer.model': _of_model, 'tokenizer.bin': None}
     found = [place] if place.is_file() else [f for n in kinds if (f := place/n).is_file()]
@@ -216,7 +219,7 @@ def read_source(
     else: tok = _of_gguf(_gguf_reader(path), path.name)
     return build_llama(shape, parts, lambda n: parts[n](n), tok.vocab_size, path.name), tok
 
-# %% ../nbs/64a_llama.ipynb #d94639bf
+# %% ../nbs/64a_llama.ipynb #cf8ff61c
 METHODS = register_method = Registry('method') # functions (lm, code, calibration) -> lm whose block matrices are held in `code`
 
 def block_matrices(
@@ -245,7 +248,7 @@ def round_weights(
     for m in block_matrices(lm).values(): put_coded(m, hold(m.weight, code))
     return lm
 
-# %% ../nbs/64a_llama.ipynb #cbd434f8
+# %% ../nbs/64a_llama.ipynb #050834e4
 def _fit(lm, code, layers): # ValueError if the groups of the code do not divide the columns of a layer
     cols = sorted({m.weight.shape[1] for m in layers})
     if code and code.group > 0 and any(c % code.group for c in cols):
@@ -271,7 +274,7 @@ def quantize_lm(
     lm.config = replace(lm.config, code=c.name, embed_code=e and e.name)
     return lm
 
-# %% ../nbs/64a_llama.ipynb #63aa2cc6
+# %% ../nbs/64a_llama.ipynb #0805acb7
 @dataclass
 class QuantizeReport:
     "What `quantize_source` did"
@@ -290,7 +293,7 @@ class QuantizeReport:
         if self.before is not None: out += [f'before    {per(self.before)}', f'after     {per(self.after)}   ({self.tokens:,} tokens)']
         return '\n'.join(out)
 
-# %% ../nbs/64a_llama.ipynb #cc5a79d6
+# %% ../nbs/64a_llama.ipynb #f65a464e
 def quantize_source(
     path:str|Path,        # see `read_source`
     out:str|Path,         # where to write

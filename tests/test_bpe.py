@@ -10,7 +10,7 @@ from pi2nb.llama import _BYTES, _of_json
 from pi2nb.tokenizer import _tokenizer_spec, tokenizer_from_dict
 
 TEXT = "It's the first of 1234 tests, they'll see; naïve café — 你好, мир!  don't\n\n  stop:\tthe the then\r\n x=42;".split(' ')
-STEPS = {'gpt-2': lambda: pre_tokenizers.ByteLevel(False),
+STEPS = {'none': lambda: pre_tokenizers.ByteLevel(False, use_regex=False), 'gpt-2': lambda: pre_tokenizers.ByteLevel(False),
          'smollm': lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]),
          'llama-3': lambda: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLITS['llama-3'][0]), 'isolated'), pre_tokenizers.ByteLevel(False, use_regex=False)])}
 

@@ -7,12 +7,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pi2nb.codebook import codebook
+from pi2nb.export import to_gguf, to_huggingface
 from pi2nb.llama import (METHODS, _BYTES, block_matrices, build_llama, llama_shape, quantize_lm, quantize_source, read_source,
                          register_method, round_weights)
 from pi2nb.model import LM, LMConfig, recipe
 from pi2nb.pretrained import next_token_nats
 from pi2nb.q2bn import load_model, q2bn_bytes, read_q2bn, save_model
-from pi2nb.quantlinear import coded_state
+from pi2nb.quantlinear import coded_state, frozen_copy
 from pi2nb.tokenizer import ByteTokenizer
 from test_bpe import vocabulary
 from test_pretrained import write_gguf, write_llama2c
@@ -230,3 +231,17 @@ def test_files_written_before_llamas_came(tmp_path):
     old, new = (load_model(tmp_path/f'{k}.q2bin')[0] for k in ('old', 'new'))
     assert old.config == new.config == lm.config and torch.equal(answers(old), answers(new))
     assert coded_state(lm).keys() == state.keys() and not any('norm' in k for k in state)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_what_leaves_comes_back(tmp_path, tied):
+    torch.manual_seed(0)
+    lm = LM(recipe('llama').config(dim=256, layout='GQA*2', mlp_ratio=1., tied=tied))
+    for p in lm.parameters(): p.data.add_(torch.randn_like(p)*.1)
+    lm = frozen_copy(lm)
+    to_huggingface(lm, ByteTokenizer(), tmp_path)
+    to_gguf(lm, ByteTokenizer(), tmp_path/'m.gguf')
+    for path in (tmp_path, tmp_path/'m.gguf'):
+        back, tok = read_source(path)
+        assert torch.equal(answers(back), answers(lm)) and tok.decode(tok.encode(b'\0 to be \xff')) == b'\0 to be \xff'
+        assert tok.bos == ByteTokenizer.bos and tok.encode('to be 12').tolist() == list(b'to be 12')
