@@ -130,7 +130,7 @@ def _least_squares(x, code): # in pieces that stay in the cache
     n, g = x.shape[0]*x.shape[1], x.shape[2]
     return torch.cat([_search(p, code) for p in x.reshape(n, g).split(max(1, 2**16//g))]).view(x.shape[:2])
 
-def _search(x, code): # [n, g] -> [n]: scales between one that clips nothing and one that clips most, then refine the best
+def _search(x, code, cost=1.): # [n, g], what an error costs in each place [g] -> [n]: scales from one that clips nothing to one that clips most, then refine
     most = max(map(abs, code.levels))
     top = x.abs().amax(-1, keepdim=True).clamp(min=_TINY)/most
     low = x.square().mean(-1, keepdim=True).sqrt().clamp(min=_TINY)/most/2
@@ -138,10 +138,10 @@ def _search(x, code): # [n, g] -> [n]: scales between one that clips nothing and
     err, best = torch.full_like(top, inf), top
     for i in range(25):
         s = top**(1-i/24)*low**(i/24)
-        e = (at(s)*s).sub_(x).square_().sum(-1, keepdim=True)
+        e = (at(s)*s).sub_(x).square_().mul_(cost).sum(-1, keepdim=True)
         err, best = torch.minimum(e, err), torch.where(e < err, s, best)
     v = at(best)
-    return torch.where(v.any(-1), (v*x).sum(-1)/v.square().sum(-1), best[:, 0])
+    return torch.where(v.any(-1), (v*x*cost).sum(-1)/(v.square()*cost).sum(-1), best[:, 0])
 
 _RULES = dict(rms=lambda x, code: code.factor*x.square().mean(-1).sqrt(), mse=_least_squares,
               absmean=lambda x, code: code.factor*x.abs().mean(-1), absmax=lambda x, code: code.factor*x.abs().amax(-1))
@@ -173,7 +173,7 @@ def _symbols(self:Codebook, u): # number of cuts strictly below u, as float
 
 @patch
 def _values(self:Codebook, k): # the level of each (float) symbol, in units of the scale
-    if (d := self.step) is None: return torch.tensor(self.levels, device=k.device)[k.long()]
+    if (d := self.step) is None: return torch.tensor(self.levels, device=k.device, dtype=torch.float32)[k.long()]
     return (k + self.levels[0]/d)*d
 
 @patch
