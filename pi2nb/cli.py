@@ -234,16 +234,22 @@ def quantize(
     code:Annotated[str, typer.Option(help='code of the matrices, such as q2 or int4')] = 'q2',
     group:Annotated[int, typer.Option(help='weights of a row that share a scale; 0 for whole rows', min=0)] = 64,
     embed_code:Annotated[str, typer.Option(help="code of embedding and head; 'none' leaves them float32")] = 'int8',
-    method:Annotated[str, typer.Option(help='how weights find their level: a registered name')] = 'round',
+    method:Annotated[str, typer.Option(help='how weights find their level: round, or compensate, which looks at the training part of --data')] = 'round',
+    rotate:Annotated[bool, typer.Option('--rotate', help='mix 64 neighbours before the code')] = False,
+    steps:Annotated[int, typer.Option('--heal', help='then distil the float model into the scales for so many steps', min=0)] = 0,
     data:Annotated[Optional[str], typer.Option(help=f'score on the held-out part of a text, before and after: {_DATA}', show_default=False)] = None,
     windows:Annotated[int, typer.Option(help='how many windows of 512 tokens to score', min=1)] = 4,
     tokenizer:Annotated[Optional[Path], typer.Option(help='where the tokenizer is, if not beside the model', show_default=False)] = None
 ):
     "Bring in a pretrained Llama, its weights held in a code."
-    try: from pi2nb.llama import quantize_source
+    try:
+        from pi2nb.llama import quantize_source
+        from pi2nb.compensate import healing
     except ImportError as e: raise ImportError(f"{e}; run pip install 'pi2nb[pretrained]'") from None
     from pi2nb.corpus import load_corpus
-    corpus, name = load_corpus(data) if data else None, f'{code}, group={group}' if group else code
+    corpus = load_corpus(data) if data else None
+    name = ', '.join([code, *[f'group={group}']*(group > 0), *['rotation=hadamard']*rotate])
+    if steps: method = healing(method, steps)
     print(quantize_source(source, output, name, None if embed_code == 'none' else embed_code, method, corpus and corpus.test,
                           corpus and corpus.train, windows, tokenizer=tokenizer))
     print(f'next      pi2 generate {output} --prompt "Once upon a time"')
