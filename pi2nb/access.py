@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Q2BN', 'append_meta', 'to_safetensors', 'from_safetensors']
 
-# %% ../nbs/50b_access.ipynb #c7763a62
+# %% ../nbs/50b_access.ipynb #15107ad4
 import hashlib, json, mmap
 import numpy as np, torch
 from pathlib import Path
@@ -18,7 +18,7 @@ from .codebook import Coded, matrix_shape
 from .q2bn import (Q2BNError, decode_state, identity, read_q2bn, write_q2bn, _book, _books, _claim, _Cursor, _front, _front_bytes,
                         _meta_bytes, _need, _read, _reader, _room, _take, _value, _version)
 
-# %% ../nbs/50b_access.ipynb #5bfa4bf2
+# %% ../nbs/50b_access.ipynb #0464d04d
 class Q2BN:
     "A version 4 file, mapped: its heads are known at once, a tensor is read when it is asked for"
     def __init__(self,
@@ -43,9 +43,10 @@ class Q2BN:
                 ref = list(self.heads)[ref]
             self.heads[name] = at, kind, shape, ref
 
-# %% ../nbs/50b_access.ipynb #69ad5c21
+# %% ../nbs/50b_access.ipynb #cfc9958b
 @patch
-def keys(self:Q2BN): # names, in the order of the file
+def keys(self:Q2BN):
+    "The names, in the order of the file"
     return self.heads.keys()
 @patch
 def __iter__(self:Q2BN): return iter(self.heads)
@@ -60,6 +61,7 @@ def shape(self:Q2BN,
     _, kind, shape, ref = self.heads[name]
     return self.heads[ref][2] if kind == 'alias' else shape
 
+# %% ../nbs/50b_access.ipynb #a3c71be7
 @patch
 def __getitem__(self:Q2BN, name): # -> `Coded` or a tensor; of an alias, the tensor it stands for
     at, kind, _, ref = self.heads[name]
@@ -81,7 +83,7 @@ def decode(self:Q2BN,
     v = self[name]
     return v.decode() if isinstance(v, Coded) else v.float()
 
-# %% ../nbs/50b_access.ipynb #e308328d
+# %% ../nbs/50b_access.ipynb #1a71e2b7
 _FIXED = {'codes', 'tables', 'config', 'tokenizer', 'pi2nb'}
 
 def append_meta(
@@ -103,7 +105,7 @@ def append_meta(
         return [front, records, h.digest()]
     return write_atomic(path, _read(path, changed))
 
-# %% ../nbs/50b_access.ipynb #143c3eca
+# %% ../nbs/50b_access.ipynb #2bfe52a8
 def _packed(name, v): # a value of a state -> what safetensors holds, what the header says
     if isinstance(v, str): return {}, [name, 'alias', v]
     if isinstance(v, Tensor): return {name: v}, [name, 'raw']
@@ -124,7 +126,7 @@ def to_safetensors(
     text = _meta_bytes(meta if decode else {**meta, 'records': records, 'identity': identity((state, meta))}).decode()
     return write_atomic(out, safetensors_bytes(tensors, {'format': 'pt', 'q2bn': text}))
 
-# %% ../nbs/50b_access.ipynb #7291d08d
+# %% ../nbs/50b_access.ipynb #47793183
 def _unpacked(name, kind, rest, books, get): # a record of the header -> a value of a state
     if kind == 'alias': return rest[0]
     if kind == 'raw': return get(name)
@@ -134,20 +136,25 @@ def _unpacked(name, kind, rest, books, get): # a record of the header -> a value
     if not torch.equal(code.pack(z), p): raise ValueError('its fill bits are not zero')
     return Coded(code, z, get(f'{name}.scales'), shape)
 
+def _state_in(path): # -> state, meta; any error there is
+    with safe_open(str(path), 'pt') as f:
+        meta = json.loads((f.metadata() or {}).get('q2bn', '{}'))
+        records = meta.pop('records', None)
+        if records is None: raise ValueError('it holds plain weights and no codes; quantise it instead')
+        books = {k: _book(k, d) for k,d in meta.pop('codes').items()}
+        state = {name: _unpacked(name, kind, rest, books, f.get_tensor) for name, kind, *rest in records}
+    if len(state) < len(records): raise ValueError('a name comes twice')
+    if meta.pop('identity') != identity((state, meta)): raise ValueError('its weights are not those that were written')
+    return state, meta
+
+# %% ../nbs/50b_access.ipynb #2139d0f1
 def from_safetensors(
     path, # a packed file, as `to_safetensors` wrote it
     out   # where to write
 ) -> int: # bytes written
     "Write the version 4 file again; raises FileNotFoundError, or ValueError on damage and on files that hold no codes"
     if not Path(path).exists(): raise FileNotFoundError(f'{path} does not exist; give the path of a .safetensors file')
-    try:
-        with safe_open(str(path), 'pt') as f:
-            meta = json.loads((f.metadata() or {}).get('q2bn', '{}'))
-            records = meta.pop('records', None)
-            if records is None: raise ValueError('it holds plain weights and no codes; quantise it instead')
-            books = {k: _book(k, d) for k,d in meta.pop('codes').items()}
-            state = {name: _unpacked(name, kind, rest, books, f.get_tensor) for name, kind, *rest in records}
-        if meta.pop('identity') != identity((state, meta)): raise ValueError('its weights are not those that were written')
+    try: state, meta = _state_in(path)
     except (SafetensorError, ValueError, TypeError, KeyError, IndexError, AttributeError) as e:
         raise Q2BNError(f'{path} cannot become a .q2bin file: {e}', 'give a file that to_safetensors wrote') from None
     return write_q2bn(out, state, meta)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['size_in_code', 'size_in_blocks', 'size_in_dim', 'Budget', 'budget']
 
-# %% ../nbs/50c_budget.ipynb #8f157eba
+# %% ../nbs/50c_budget.ipynb #d1c075b4
 from dataclasses import dataclass, replace
 import torch
 from fastcore.basics import patch
@@ -15,7 +15,7 @@ from .model import LM, LMConfig
 from .quantlinear import stored_parameters
 from .q2bn import FileReport, inspect_q2bn, q2bn_bytes, _outer, _Unfilled
 
-# %% ../nbs/50c_budget.ipynb #451e5cbd
+# %% ../nbs/50c_budget.ipynb #cfde73cf
 def _size(report, state): return len(q2bn_bytes(state, {k: v for k,v in report.meta.items() if k != 'tables'}))
 
 def size_in_code(
@@ -24,14 +24,14 @@ def size_in_code(
     outer:bool         # of the embedding and the head; or of the matrices between them
 ) -> int:              # bytes
     "What the file would take if those of these tensors that are held like most of them had another, narrower code"
-    new, weights = codebook(code), {}
+    new, weights = {v.code.name: v.code for v in report.state.values() if isinstance(v, Coded)}.get(code) or codebook(code), {}
     for r in report.records:
         if isinstance(r.value, Coded) and _outer(r.name) == outer: weights[r.kind] = weights.get(r.kind, 0) + r.weights
     most = max(weights, key=weights.get, default='')
     def narrower(k, v): return isinstance(v, Coded) and _outer(k) == outer and v.code.name == most and len(v.code.levels) > len(new.levels)
     return _size(report, {k: hold(v.decode(), new) if narrower(k, v) else v for k,v in report.state.items()})
 
-# %% ../nbs/50c_budget.ipynb #d9bedfbe
+# %% ../nbs/50c_budget.ipynb #80eda9b3
 def _block(name): return int(name.split('.')[1]) if name.startswith('blocks.') else -1
 
 def size_in_blocks(
@@ -56,7 +56,7 @@ def size_in_dim(
     rest = report.size - sum(size for _,_,size in report.kinds().values())
     return round(rest + sum(price[k]*n for k,n in seen.values()))
 
-# %% ../nbs/50c_budget.ipynb #a9e91b20
+# %% ../nbs/50c_budget.ipynb #49a3fe13
 @dataclass
 class Budget:
     "A file against a limit; print it"
@@ -77,7 +77,7 @@ def __str__(self:Budget):
     if self.advice: out += ['what a change would make of it:', *(f'  {k}: {say(n)}' for k,n in self.advice)]
     return '\n'.join(out)
 
-# %% ../nbs/50c_budget.ipynb #a16045ea
+# %% ../nbs/50c_budget.ipynb #9adde055
 _NARROW = dict(outer=('int6', 'int5', 'int4', 'q2'), inner=('q2', 'ternary', 'binary'))
 
 def _advice(r, limit):

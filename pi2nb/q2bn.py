@@ -23,8 +23,7 @@ from .codebook import Codebook, Coded, matrix_shape
 from .gray import pack_symbols
 from .quantlinear import coded_state, load_coded_state, stored_parameters
 from .tokenizer import tokenizer_from_dict
-from .morphology import MorphTokenizer # these two so that a file may name them
-from .bpe import ByteBPETokenizer
+from .morphology import MorphTokenizer # so that a file may name it
 from .geode import parse_layout
 from .model import LM, LMConfig
 from . import __version__
@@ -153,6 +152,10 @@ def _sizes(how, shape): # a code book or a dtype -> stream name: bytes
     rows, cols = matrix_shape(shape)
     return dict(scales=prod(how.scale_shape(rows, cols))*2, symbols=rows*-(-cols*how.bits//8))
 
+def _finite(t, what):
+    _need(t.isfinite().all(), f'{what} holds NaN or infinity')
+    return t
+
 # %% ../nbs/50_q2bn.ipynb #c021
 def _coded(code, shape, s, z, what): # float16 scales, uint8 symbols -> Coded
     _need(s.isfinite().all() and (s > 0).all(), f'a scale of {what} is zero, negative, NaN or infinity')
@@ -166,10 +169,6 @@ def _unpacked(code, shape, scales, symbols, what): # two byte strings of the rig
     s, p = _from_le(scales, torch.float16, code.scale_shape(rows, cols)), _from_le(symbols, torch.uint8, (rows, -1))
     _need(not (p[:, -1] & (1 << -cols*code.bits%8)-1).any(), f'the fill bits of {what} are not zero')
     return _coded(code, shape, s, code.unpack(p, cols), what)
-
-def _finite(t, what):
-    _need(t.isfinite().all(), f'{what} holds NaN or infinity')
-    return t
 
 def _tensor(name, how, shape, d, to=1): # cursor over the data, streams filled to multiples of `to` -> Record
     sizes = _sizes(how, shape)
@@ -234,7 +233,7 @@ def decode_state(
     out = {k: plain(v) for k,v in state.items() if not isinstance(v, str)}
     return {k: out[v if isinstance(v, str) else k] for k,v in state.items()}
 
-# %% ../nbs/50_q2bn.ipynb #79c073f7
+# %% ../nbs/50_q2bn.ipynb #acd764a3
 _HEAD, _REC, _STREAM, _META_MAX = '<4sIQIIII', '<IHBBIQ', '<BI', 1 << 24 # 16 MiB of JSON
 _KINDS, _DTYPES = ('coded', 'raw', 'alias'), (torch.float32, torch.float16)
 
@@ -257,7 +256,7 @@ def _plain(name, t): # a tensor or Coded -> (stream, kind, bytes) of every strea
     z = _checked(name, group_symbols, t.z.cpu().numpy(), n)
     return _planes(t.code.name, 'scales', t.s) + [('symbols', f'{t.code.name} symbols', z)]
 
-# %% ../nbs/50_q2bn.ipynb #dedeed25
+# %% ../nbs/50_q2bn.ipynb #5572aa8b
 def _meta_bytes(meta): # plain data -> canonical JSON: sorted keys, no blanks, ASCII
     return json.dumps(meta, sort_keys=True, separators=(',', ':'), allow_nan=False).encode()
 
@@ -274,6 +273,7 @@ def _front_bytes(meta, n, size): # of n records that take so many bytes
         raise Q2BNError(f'meta is not plain data ({e})', 'use dicts, lists, strings and finite numbers') from None
     _need(len(text) <= _META_MAX, f'the meta block takes {len(text)} bytes, more than the {_META_MAX} that are allowed', 'leave something out')
     stored = squeeze(text)
+    if len(text) > _text_room(len(stored)): stored = text
     head = struct.pack('<4sIQIII', b'Q2BN', 4, 32+len(stored)+size+32, len(stored), len(text), n)
     return head + struct.pack('<I', zlib.crc32(stored, zlib.crc32(head))) + stored
 
@@ -281,8 +281,10 @@ def _file(meta, records):
     data = b''.join([_front_bytes(meta, len(records), sum(map(len, records))), *records])
     return data + hashlib.sha256(data).digest()
 
-# %% ../nbs/50_q2bn.ipynb #77c69f8b
+# %% ../nbs/50_q2bn.ipynb #0bc1a5f0
 def _room(size): return 256*size + (4 << 20) # plain bytes that a file of this size may claim
+
+def _text_room(n): return min(_META_MAX, 256*n + 2**16) # bytes of text that n stored ones may stand for
 
 def _claim(how, shape): # plain bytes that a tensor claims: symbols and scales, or values
     if not isinstance(how, Codebook): return prod(shape)*how.itemsize
@@ -300,7 +302,7 @@ def _entries(state, books): # -> (name, kind, ref, shape) and plain streams of e
         heads.append((name, kind, ref, tuple(t.shape))); claim += _claim(how, t.shape)
     return heads, parts, claim
 
-# %% ../nbs/50_q2bn.ipynb #cf6de6e8
+# %% ../nbs/50_q2bn.ipynb #301a0468
 def q2bn_bytes(
     state:dict,     # name -> `Coded`, float32 or float16 tensor, or the name (str) of an earlier tensor
     meta:dict=None  # plain data that JSON can hold; 'codes' and 'tables' are filled in
@@ -319,7 +321,7 @@ def q2bn_bytes(
     data = made(*store_streams(streams))
     return data if claim <= _room(len(data)) else made([(0, p.tobytes()) for _,p in streams], [])
 
-# %% ../nbs/50_q2bn.ipynb #9cfaab29
+# %% ../nbs/50_q2bn.ipynb #b8ee36c3
 def _meta(text): # bytes -> dict
     try:
         meta = json.loads(bytes(text))
@@ -332,7 +334,7 @@ def _front(c): # cursor -> meta, number of records
     _, _, size, n_meta, n_text, n_records, crc = c.numbers(_HEAD, 'the header')
     _need(size == len(c.data),
           f'the file says that it has {size} bytes but it has {len(c.data)}', 'copy it again, it was cut or added to')
-    _need(n_meta <= n_text <= _META_MAX, f'the meta block claims {n_meta} and {n_text} bytes; {_META_MAX} are allowed')
+    _need(n_meta <= n_text <= _text_room(n_meta), f'the meta block takes {n_meta} bytes and claims to stand for {n_text}')
     stored = c.take(n_meta, 'the meta block')
     _need(crc == zlib.crc32(stored, zlib.crc32(c.data[:28])),
           'the header or the meta block is damaged (its checksum does not match)')
@@ -340,7 +342,7 @@ def _front(c): # cursor -> meta, number of records
     _need('tables' in meta, 'the meta block holds no tables')
     return meta, n_records
 
-# %% ../nbs/50_q2bn.ipynb #c96dd957
+# %% ../nbs/50_q2bn.ipynb #f9287590
 def _book(name, d):
     try:
         c = Codebook.from_dict(d)
@@ -355,7 +357,7 @@ def _books(meta): # -> list of Codebook, in the order of their names
     _need(len(meta['codes']) <= 256, f'the meta block holds {len(meta["codes"])} code books, more than 256')
     return [_book(*x) for x in sorted(meta['codes'].items())]
 
-# %% ../nbs/50_q2bn.ipynb #0a6c3996
+# %% ../nbs/50_q2bn.ipynb #feea24f9
 def _take(c, what, to=1, check=True): # cursor at a record -> its head numbers, a cursor behind its name
     at, room = c.at, c.left()
     crc, n_name, kind, ndim, ref, size = c.numbers(_REC, what)
@@ -370,7 +372,7 @@ def _take(c, what, to=1, check=True): # cursor at a record -> its head numbers, 
     d.filled(0, f'the head of {what}', to)
     return name, _KINDS[kind], _shape(shape, name), ref, d
 
-# %% ../nbs/50_q2bn.ipynb #7cb7fc7d
+# %% ../nbs/50_q2bn.ipynb #37d69ced
 def _value(name, kind, shape, ref, d, books, before, tensor): # -> Record; tensor(name, how, shape, d) reads the data
     if kind == 'alias':
         _need(ref < len(before) and before[ref].kind != 'alias',
@@ -384,7 +386,7 @@ def _value(name, kind, shape, ref, d, books, before, tensor): # -> Record; tenso
               f'{name} has the shape {shape}, which {books[ref].name} cannot hold')
     return tensor(name, hows[ref], shape, d)
 
-# %% ../nbs/50_q2bn.ipynb #4d1c9969
+# %% ../nbs/50_q2bn.ipynb #11362d69
 def _parts(how, shape): # stream and plain bytes of every stream
     if not isinstance(how, Codebook): return [('values', prod(shape))]*how.itemsize
     return [('scales', prod(how.scale_shape(*matrix_shape(shape))))]*2 + [('symbols', -(-prod(shape)//max(k for k in range(1, 9) if len(how.levels)**k <= 256)))]
@@ -406,7 +408,7 @@ def _grouped(code, shape, low, high, groups, what): # two planes of scales, symb
     s = torch.from_numpy(join_planes([low, high], 'float16')).view(code.scale_shape(rows, cols))
     return _coded(code, shape, s, torch.from_numpy(np.require(z, requirements='W')).view(rows, cols), what)
 
-# %% ../nbs/50_q2bn.ipynb #876247ad
+# %% ../nbs/50_q2bn.ipynb #efb292be
 def _front3(c): # cursor -> meta, number of records
     _, _, size, n_text, n_records, crc = c.numbers('<4sIQQII', 'the header')
     _need(size == len(c.data),
@@ -422,7 +424,7 @@ def _reader(data, meta): # -> a function that reads a tensor of this file
     tables = _checked('the meta block', table_arrays, meta['tables'])
     return lambda name, how, shape, d: _stored(name, how, shape, d, tables)
 
-# %% ../nbs/50_q2bn.ipynb #97ba0041
+# %% ../nbs/50_q2bn.ipynb #eeb3dcc3
 def _records(data): # bytes of version 3 or 4 -> meta, list of Record
     c, old = _Cursor(data), _version(data) == 3
     meta, n = (_front3 if old else _front)(c)
@@ -444,7 +446,7 @@ def _records(data): # bytes of version 3 or 4 -> meta, list of Record
     _need({b.name for b in books} <= {r.kind for r in records}, 'the meta block holds a code book that no record uses')
     return meta, records
 
-# %% ../nbs/50_q2bn.ipynb #b8504c6a
+# %% ../nbs/50_q2bn.ipynb #8b5c29f3
 def q2bn_parse(
     data:bytes # a whole version 3 or 4 file
 ) -> tuple:    # (state: name -> `Coded`, tensor or alias; meta: dict)
@@ -514,7 +516,7 @@ def unpack_state_dict(
     "The Q2 document's name for `read_v2` with the levels of its code, decoded"
     return decode_state(read_v2(in_path), device)
 
-# %% ../nbs/50_q2bn.ipynb #ae2e10f8
+# %% ../nbs/50_q2bn.ipynb #538fe94b
 _DEFAULTS = {f.name: f.default for f in fields(LMConfig) if f.default is not MISSING}
 
 def _meaning(v): # name -> plain data, tensors: what a value of a state is, however it is stored
@@ -560,7 +562,7 @@ def _share(meta, key, version): # bytes that this entry takes in the meta block
     size = (lambda m: len(squeeze(_meta_bytes(m)))) if version > 3 else (lambda m: len(_meta_bytes(m)))
     return size(meta) - size({k: v for k,v in meta.items() if k != key}) if key in meta else 0
 
-# %% ../nbs/50_q2bn.ipynb #ca444ade
+# %% ../nbs/50_q2bn.ipynb #37e9df01
 def _outer(name): return name.startswith(('embed.', 'head.')) # the table of tokens, and the head, which is another
 
 @patch

@@ -368,11 +368,15 @@ def test_bad_tables(tables):
 
 def test_a_squeezed_meta_block_cannot_explode():
     data = q2bn_bytes({'w': coded(Q2, 2, 4)})
-    good = q._meta_bytes({'a': 'x'*(12 << 20), 'codes': {'q2': Q2.to_dict()}, 'tables': []})
-    assert not refused(remeta(data, good, True))
-    z = q.squeeze(good)
-    for claim in (len(good)-1, len(good)+1, q._META_MAX, q._META_MAX+1, 2**32-1, len(z), 0):
-        with little_memory(256 << 20): assert refused(fix(data[:16] + struct.pack('<II', len(z), claim) + data[24:32] + z + data[records(data)[0][0]:]))
+    def text(a): return q._meta_bytes({'a': a, 'codes': {'q2': Q2.to_dict()}, 'tables': []})
+    def refuses(text, claim):
+        z = q.squeeze(text)
+        with little_memory(256 << 20): return refused(fix(data[:16] + struct.pack('<II', len(z), claim) + data[24:32] + z + data[records(data)[0][0]:]))
+    good = text(random.Random(0).randbytes(200_000).hex())
+    assert not refuses(good, len(good))
+    for claim in (len(good)-1, len(good)+1, q._META_MAX, q._META_MAX+1, 2**32-1, len(q.squeeze(good)), 0): assert refuses(good, claim)
+    for n in (1 << 18, 1 << 20, 12 << 20): assert refuses(text('x'*n), len(text('x'*n)))
+    assert not refused(q2bn_bytes({'w': torch.ones(1)}, {'a': 'x'*(1 << 20)}))  # a writer leaves such a text as it is
 
 def test_few_bytes_cannot_claim_terabytes():
     "A constant stream takes next to nothing; what it may stand for is bounded by the size of the file"
