@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GGUF_TYPES', 'gguf_blocks', 'llama_tensors', 'Exported', 'to_gguf', 'to_huggingface', 'run_llama_cpp']
 
-# %% ../nbs/66_export.ipynb #192971da
+# %% ../nbs/66_export.ipynb #48e8d6a9
 import json, os, re, struct, subprocess, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from .files import write_atomic
 from .pretrained import _names, _SIZES
 from .llama import _BYTES, _PRE, llama_names
 
-# %% ../nbs/66_export.ipynb #a381165c
+# %% ../nbs/66_export.ipynb #f6a4d363
 def _multiples(c): # Coded -> whole numbers int16 [rows, cols], their step float32 [rows, cols/16]; None if they do not exist
     (rows, cols), lv = c.z.shape, np.array(c.code.levels)
     step, many = lv[1] - lv[0], c.code.group or cols
@@ -33,7 +33,7 @@ def _multiples(c): # Coded -> whole numbers int16 [rows, cols], their step float
     u = (c.s.float()*float(step/(2 - whole))).to(getattr(torch, c.code.held)).float().numpy()
     return n, np.broadcast_to(u if many < 0 else u.repeat(many//16, 1), (rows, cols//16))
 
-# %% ../nbs/66_export.ipynb #4c6c6733
+# %% ../nbs/66_export.ipynb #830850e5
 def _half(x): # numbers [blocks, 1] -> bytes [blocks, 2]
     with np.errstate(over='ignore'): return np.ascontiguousarray(x, dtype='<f2').view(np.uint8)
 
@@ -51,7 +51,7 @@ def _common_step(u, most): # [blocks, 16] -> a step [blocks, 1] and whole multip
     k = whole//one
     return None if (x != whole).any() or k.max() > most else ((one/2**26).astype(np.float32), k.astype(np.uint8))
 
-# %% ../nbs/66_export.ipynb #580e6ad7
+# %% ../nbs/66_export.ipynb #f1ff178d
 def _tq1_0(n, u):
     if np.abs(n).max() > 1 or (d := _one_step(u)) is None: return None
     return gguf.quantize(n*d, gguf.GGMLQuantizationType.TQ1_0)
@@ -67,7 +67,7 @@ def _q2_k(n, u):
     d, k = got
     return np.hstack([k | k << 4, _bytes_of((n - low)//wide, 2, 32), _half(wide*d), _half(-low*d)])
 
-# %% ../nbs/66_export.ipynb #2caae19b
+# %% ../nbs/66_export.ipynb #eff8470b
 def _q4_0(n, u):
     if n.min() < -8 or n.max() > 7 or (d := _one_step(u)) is None: return None
     return np.hstack([_half(d), _bytes_of(n + 8, 4, 16)])
@@ -81,7 +81,7 @@ def _q8_0(n, u):
     if n.min() < -128 or n.max() > 127 or (d := _one_step(u)) is None: return None
     return np.hstack([_half(d), n.astype(np.int8).view(np.uint8)])
 
-# %% ../nbs/66_export.ipynb #0a2d4152
+# %% ../nbs/66_export.ipynb #0028ae32
 _BLOCKS = dict(TQ1_0=_tq1_0, TQ2_0=_tq2_0, Q2_K=_q2_k, Q4_0=_q4_0, Q6_K=_q6_k, Q8_0=_q8_0)
 GGUF_TYPES = (*_BLOCKS, 'F16', 'BF16', 'F32') # what we write, smallest first
 
@@ -95,12 +95,13 @@ def _as_blocks(w, grid, kind): # weights as numbers and, if they have it, as mul
     got = _BLOCKS[kind](n.reshape(-1, many), u.reshape(-1, many//16))
     return None if got is None else np.ascontiguousarray(got).reshape(len(w), -1)
 
-# %% ../nbs/66_export.ipynb #d0b5727a
+# %% ../nbs/66_export.ipynb #57f57d01
 def gguf_blocks(
     t:Coded|Tensor,  # a matrix [rows, cols], or a vector, in a code or as it is
     types=GGUF_TYPES # names of the types that may be used; the first that is exact is taken
 ) -> tuple:          # (array of bytes or floats [rows, ...] ready for `gguf.GGUFWriter`, the `gguf.GGMLQuantizationType`)
-    "The smallest GGUF type that decodes to exactly the numbers of `t`; raises ValueError if none of `types` does"
+    "The smallest GGUF type that decodes to exactly the numbers of `t`; raises ValueError if none of `types` does, or one is unknown"
+    if odd := sorted({*types} - {*GGUF_TYPES}): raise ValueError(f'{odd[0]!r} is no type that we write; choose from {", ".join(GGUF_TYPES)}')
     w = (t.decode() if isinstance(t, Coded) else t.detach().float().cpu()).numpy()
     if w.ndim < 2: return w, gguf.GGMLQuantizationType.F32             # llama.cpp wants its vectors so
     grid = _multiples(t) if isinstance(t, Coded) else None
@@ -109,7 +110,7 @@ def gguf_blocks(
         if np.array_equal(gguf.dequantize(b, k := gguf.GGMLQuantizationType[kind]), w): return b, k
     raise ValueError(f'none of the types {", ".join(types)} holds these numbers exactly; allow F32, which always does')
 
-# %% ../nbs/66_export.ipynb #de0b8845
+# %% ../nbs/66_export.ipynb #7ede4cf5
 def _not_llama(c): # LMConfig -> what a Llama has that this model has not, or None
     for wrong, why in ((set(parse_layout(c.layout)) != {'GQA'}, f'layers of attention only, not {c.layout}'),
                        (c.mlp != 'swiglu', f'a gated MLP, not {c.mlp}'), (not c.gains, 'norms with gains'),
@@ -122,7 +123,7 @@ def _rows(t, i): # rows `i` of a matrix, in its code if that can be
     z = t.z[i].cpu()
     return Coded(t.code, z, (t.s if t.code.group < 0 else t.s[i]).cpu(), tuple(z.shape))
 
-# %% ../nbs/66_export.ipynb #27e2f2a0
+# %% ../nbs/66_export.ipynb #12732331
 def llama_tensors(
     lm:LM # a model in the shape of a Llama
 ) -> dict: # name in `transformers` -> `Coded` or float tensor
@@ -134,14 +135,14 @@ def llama_tensors(
         for j,name in enumerate(names): out[name] = _rows(state[k], slice(j*n, j*n + n))
     return out
 
-# %% ../nbs/66_export.ipynb #47002552
+# %% ../nbs/66_export.ipynb #65a03bb6
 def _sizes(c): # LMConfig -> arguments of transformers' LlamaConfig
     eps = torch.finfo(torch.float32).eps if c.eps is None else c.eps
     return dict(vocab_size=c.vocab, hidden_size=c.dim, intermediate_size=round(c.dim*c.mlp_ratio),
                 num_hidden_layers=len(parse_layout(c.layout)), num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
                 max_position_embeddings=c.window, rms_norm_eps=eps, rope_theta=c.rope_base, tie_word_embeddings=c.tied)
 
-# %% ../nbs/66_export.ipynb #1c6cfba4
+# %% ../nbs/66_export.ipynb #d9812b9e
 _LETTERS = {ord(b): a for a,b in _BYTES.items()}                       # GPT-2's letter of each byte
 def _spelt(p): return ''.join(_LETTERS[b] for b in p)
 
@@ -157,7 +158,7 @@ def _words_pairs(tok):
                 token_type=[3 if i in special else 1 if p else 5 for i,p in enumerate(pieces)],
                 merges=[f'{a} {b}' for a,b in zip(m[::2], m[1::2])])
 
-# %% ../nbs/66_export.ipynb #49260e00
+# %% ../nbs/66_export.ipynb #927a7b4a
 def _words_score(tok):
     kinds = [2, 3, 3] + [6]*256 + [1 if t else 5 for t in tok.tokens[259:]]
     return dict(model='llama', tokens=[t.replace(' ', '▁') for t in tok.tokens], scores=[float(x) for x in tok.scores],
@@ -175,7 +176,7 @@ def _end(tok): # id of the token that ends a text
     if tok.name == 'score': return 2
     return tok.bos if tok.name == 'byte-bpe' and tok.bos in tok.to_dict()['specials'] else int(tok.encode(b'\0')[0])
 
-# %% ../nbs/66_export.ipynb #47b4fc0b
+# %% ../nbs/66_export.ipynb #ef7cda5a
 def _words(tok, vocab): # tokenizer, rows of the embedding -> GGUF's entries 'tokenizer.ggml.…'
     if tok.name not in _WORDS:
         raise ValueError(f'llama.cpp has no vocabulary that cuts a text as {tok.name!r} does; train with {" or ".join(_WORDS)}')
@@ -185,7 +186,7 @@ def _words(tok, vocab): # tokenizer, rows of the embedding -> GGUF's entries 'to
     if d['model'] == 'gpt2': del d['scores']
     return d | dict(bos_token_id=int(tok.bos), add_bos_token=True, eos_token_id=_end(tok), add_eos_token=False)
 
-# %% ../nbs/66_export.ipynb #db9f45ab
+# %% ../nbs/66_export.ipynb #bda51909
 @dataclass
 class Exported:
     "What left: print it for a table of what became of every kind of tensor"
@@ -206,7 +207,7 @@ class Exported:
         n = sum(r[4] for r in self.rows)
         return '\n'.join(out + [f'{self.path}: {self.size:,} bytes, {n:,} weights, {self.bits_per_weight:.3f} bits each with everything counted'])
 
-# %% ../nbs/66_export.ipynb #853e5ea2
+# %% ../nbs/66_export.ipynb #d234d09f
 def _numbers(t): return (t.decode() if isinstance(t, Coded) else t.float()).numpy()
 
 def _row(name, t, kind, size, back): # of `Exported`; ValueError if what came back is not what left
@@ -223,7 +224,7 @@ def _gguf_tensors(lm): # name in GGUF -> `Coded` or float tensor
     heads = {'q_proj': c.heads, 'k_proj': c.kv_heads}
     return {names[k]: _neighbours(t, h) if (h := heads.get(k.split('.')[-2])) else t for k,t in tensors.items()}
 
-# %% ../nbs/66_export.ipynb #debcb9ad
+# %% ../nbs/66_export.ipynb #8b7188e4
 _KIND = {t: gguf.GGUFValueType[k] for t,k in ((int, 'UINT32'), (float, 'FLOAT32'), (bool, 'BOOL'), (str, 'STRING'), (list, 'ARRAY'))}
 
 class _Writer(gguf.GGUFWriter):
@@ -247,7 +248,7 @@ def _prove(path, tensors): # read a GGUF file again -> rows of `Exported`
         return _row(k, t, g.tensor_type.name, g.n_bytes, gguf.dequantize(g.data, g.tensor_type))
     return [row(k, t) for k,t in tensors.items()]
 
-# %% ../nbs/66_export.ipynb #01307173
+# %% ../nbs/66_export.ipynb #50571c7d
 def to_gguf(
     lm:LM,           # a model in the shape of a Llama
     tokenizer,       # its tokenizer
@@ -268,7 +269,7 @@ def to_gguf(
         write_atomic(path, tmp.read_bytes())
     return Exported(str(path), Path(path).stat().st_size, rows)
 
-# %% ../nbs/66_export.ipynb #f2e535c0
+# %% ../nbs/66_export.ipynb #e1e559ac
 def _short(t): # numbers as bfloat16 if that loses nothing
     x = torch.from_numpy(_numbers(t)).contiguous()
     return b if torch.equal((b := x.bfloat16()).float(), x) else x
@@ -288,7 +289,7 @@ def _pairs_json(tok):
     cut = dict(type='Sequence', pretokenizers=[*_CUTS[d['split']], level]) if _CUTS[d['split']] else level
     return _json_words(w['tokens'], [m.split(' ') for m in w['merges']], d['specials'], cut, None, level, ignore_merges=d['whole'])
 
-# %% ../nbs/66_export.ipynb #ebff1f8c
+# %% ../nbs/66_export.ipynb #1db5f5e8
 def _scored_json(tok): # the same for pieces with scores: a pair's place in the list follows from the score of what it makes
     w = _words(tok, tok.vocab_size)
     ids, kinds = {t: i for i,t in enumerate(w['tokens'])}, w['token_type']
@@ -303,7 +304,7 @@ def _scored_json(tok): # the same for pieces with scores: a pair's place in the 
                        dict(type='Sequence', normalizers=space), dict(type='Sequence', decoders=back),
                        byte_fallback=True, unk_token=w['tokens'][0], fuse_unk=True)
 
-# %% ../nbs/66_export.ipynb #6d19368d
+# %% ../nbs/66_export.ipynb #e541b75b
 def _word_files(tok): # name -> bytes
     if tok.name not in _WORDS: return {}
     d = (_pairs_json if _WORDS[tok.name] is _words_pairs else _scored_json)(tok)
@@ -318,14 +319,15 @@ def to_huggingface(
     "Write a folder that `LlamaForCausalLM.from_pretrained` loads; raises ValueError if the model is no Llama"
     folder, tensors = Path(folder), llama_tensors(lm)
     data = save({k: _short(t) for k,t in tensors.items()}, {'format': 'pt'})
-    rows = [_row(k, tensors[k], str(x.dtype)[6:], x.nbytes, x.float().numpy()) for k,x in load(data).items()]
+    back = load(data)
+    rows = [_row(k, t, str(back[k].dtype)[6:], back[k].nbytes, back[k].float().numpy()) for k,t in tensors.items()]
     config = _sizes(lm.config) | dict(architectures=['LlamaForCausalLM'], model_type='llama', hidden_act='silu', dtype='float32',
                                       bos_token_id=int(tokenizer.bos), eos_token_id=_end(tokenizer))
     files = {'config.json': json.dumps(config, indent=1).encode(), 'model.safetensors': data} | _word_files(tokenizer)
     for k,b in files.items(): write_atomic(folder/k, b)
     return Exported(str(folder), sum(map(len, files.values())), rows)
 
-# %% ../nbs/66_export.ipynb #e24f97b5
+# %% ../nbs/66_export.ipynb #25792a3e
 _PEER = """
 import json, sys, time, numpy as np
 from llama_cpp import Llama, __version__
@@ -343,7 +345,7 @@ np.save(job['logits'], np.array(logits))
 print(json.dumps(dict(version=__version__, prompt=prompt, new=new, read_s=min(reading or [0]), write_s=min(writing or [0]))))
 """
 
-# %% ../nbs/66_export.ipynb #5721cb7f
+# %% ../nbs/66_export.ipynb #34216f1b
 def run_llama_cpp(
     path,             # a GGUF file
     windows:list,     # lists of token ids of one length, each read from a fresh start
