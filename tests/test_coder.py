@@ -3,13 +3,16 @@ import random, struct, zlib
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from pi2nb import coder
+from pi2nb.cli import app
 from pi2nb.coder import (RansReader, compress, decode_tokens, decompress, encode_tokens, frequency_table, prove, rans_push, table_bits,
                          _cut, _measure, _push, _read)
 from pi2nb.corpus import load_corpus
 from pi2nb.exactlm import ExactLM, uncompiled
 from pi2nb.model import LM, LMConfig
+from pi2nb.q2bn import save_model
 from pi2nb.quantlinear import frozen_copy
 from pi2nb.tokenizer import ByteTokenizer, UnigramTokenizer
+from typer.testing import CliRunner
 
 TEXT, TOK = load_corpus('shakespeare').test, ByteTokenizer()
 
@@ -136,3 +139,17 @@ def test_the_encoder_refuses_a_model_without_numbers():
     with pytest.raises(ValueError, match='NaN'): encode_tokens(e, TOK, TOK.encode(b'abc'))
 
 
+def test_the_command(tmp_path):
+    save_model(LM0, TOK, tmp_path/'m.q2bin')
+    (tmp_path/'a.txt').write_bytes(TEXT[:3000])
+    run = lambda *a: CliRunner().invoke(app, [str(x) for x in a])
+    m = '--model', tmp_path/'m.q2bin'
+    assert run('compress', tmp_path/'a.txt', *m, '--verify').exit_code == 0
+    assert isinstance(run('compress', tmp_path/'a.txt', *m).exception, ValueError)                  # never over a file that is there
+    (tmp_path/'a.txt').unlink()
+    assert run('decompress', tmp_path/'a.txt.pi2', *m).exit_code == 0
+    assert (tmp_path/'a.txt').read_bytes() == TEXT[:3000]
+    (tmp_path/'b.pi2').write_bytes((tmp_path/'a.txt.pi2').read_bytes()[:-1])
+    assert isinstance(run('decompress', tmp_path/'b.pi2', *m).exception, ValueError) and not (tmp_path/'b').exists()
+    shown = run('eval', tmp_path/'m.q2bin', '--data', tmp_path/'a.txt', '--part', 'all', '--no-baselines', '--prove')
+    assert shown.exit_code == 0 and 'decoded again: the same' in shown.output
