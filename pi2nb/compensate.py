@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['output_error', 'compensate', 'compensate_model', 'compensate_weights', 'heal', 'healing']
 
-# %% ../nbs/64b_compensate.ipynb #0af45b41
+# %% ../nbs/64b_compensate.ipynb #02e6fdb8
 from contextlib import contextmanager
 from copy import deepcopy
 import torch
@@ -16,7 +16,7 @@ from .quantlinear import coded_state, load_coded_state
 from .packed import PackedWeight, pack_model
 from .llama import METHODS, block_matrices, put_coded, register_method
 
-# %% ../nbs/64b_compensate.ipynb #fcd042e3
+# %% ../nbs/64b_compensate.ipynb #91da8bf0
 def output_error(
     q:Tensor, # the weights that are used [rows, cols]
     w:Tensor, # the weights that were meant [rows, cols]
@@ -26,7 +26,7 @@ def output_error(
     def size(e): return ((e@h)*e).sum()
     return (size(q - w)/size(w)).item()
 
-# %% ../nbs/64b_compensate.ipynb #31a7a43f
+# %% ../nbs/64b_compensate.ipynb #8c47df6c
 def _damped(h, damp): # XᵀX plus a share of its mean diagonal, float64
     d = h.diagonal().double()
     return h.double() + torch.diag(torch.where(d > 0, damp, 1.)*d.mean().clamp(min=1e-30))
@@ -34,14 +34,14 @@ def _damped(h, damp): # XᵀX plus a share of its mean diagonal, float64
 def _factor(h): # the upper triangle U with UᵀU = h⁻¹, float32
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
 
-# %% ../nbs/64b_compensate.ipynb #80369f47
+# %% ../nbs/64b_compensate.ipynb #4282e2c3
 def _group_scale(x, cost, code): # columns as they are now [g, rows], what an error costs in each [g] -> float32 [rows], stored digits
     shared = code.group < 0
     m, cost = (x.T.reshape(1, -1), cost.repeat(x.shape[1])) if shared else (x.T.contiguous(), cost)
     s = code.factor*m.abs().amax(-1) if code.rule == 'absmax' else _search(m, code, cost/cost.mean())
     return _shorten(s.clamp(min=_TINY, max=2.**15), code.digits, code.rule == 'absmax').expand(x.shape[1])
 
-# %% ../nbs/64b_compensate.ipynb #b8e48829
+# %% ../nbs/64b_compensate.ipynb #dd959cbd
 def _nearest(code): # numbers in units of the scale -> symbols, in place
     if (d := code.step) is None: return lambda u: u.copy_(code._symbols(u))
     low, top = code.levels[0]/d, len(code.levels)-1
@@ -62,7 +62,7 @@ def _walk(x, u, code, g): # columns [cols, rows], used up -> symbols [cols, rows
         x[b+n:].addmm_(u[b:b+n, b+n:].T, e, alpha=-1)
     return z, s
 
-# %% ../nbs/64b_compensate.ipynb #ecb199e5
+# %% ../nbs/64b_compensate.ipynb #2ff5c9f7
 def _descend(x, z, s, h, code, g): # every symbol anew, in place, while all others stay
     (cols, rows), n, near, diag = x.shape, _block(g), _nearest(code), h.diagonal().tolist()
     q = code._values(z)*s.repeat_interleave(g, 0)
@@ -76,7 +76,7 @@ def _descend(x, z, s, h, code, g): # every symbol anew, in place, while all othe
         q[b:b+n] += d
         grad[b+n:].addmm_(h[b+n:, b:b+n], d)
 
-# %% ../nbs/64b_compensate.ipynb #7c607664
+# %% ../nbs/64b_compensate.ipynb #4c1b6292
 def _refit(x, z, s, h, code, g): # the scales of least error for these symbols [cols/g, rows]
     v, (cols, rows) = code._values(z), x.shape
     def per_group(t): return t.view(-1, g, rows).sum(1).T                        # [rows, groups]
@@ -89,7 +89,7 @@ def _refit(x, z, s, h, code, g): # the scales of least error for these symbols [
     def error(s): return ((a@s[..., None])[..., 0]*s - 2*b*s).sum(1, True)
     return torch.where(error(new) < error(old), new, old).T.expand(s.shape).contiguous()
 
-# %% ../nbs/64b_compensate.ipynb #ad38d0d2
+# %% ../nbs/64b_compensate.ipynb #e07e06e8
 def _order(h, g): # -> the order of columns, and of groups: what matters most comes first
     d = h.diagonal().view(-1, g)
     groups = d.sum(1).argsort(descending=True)
@@ -103,7 +103,7 @@ def _checked(w, h, code): # ValueError on what cannot be compensated
         raise ValueError('the weights or their inputs hold NaN or infinity; look at the model before rounding it')
     return w.detach().float(), h.float(), code.scale_shape(*w.shape)
 
-# %% ../nbs/64b_compensate.ipynb #4d4bab48
+# %% ../nbs/64b_compensate.ipynb #8e0703cf
 @torch.no_grad()
 def compensate(
     w:Tensor,          # weights as they should be [rows, cols]
@@ -127,13 +127,13 @@ def compensate(
         raise ValueError(f'{code.name} does not give its symbols back where scales differ so much; add held=float32 to the code')
     return Coded(code, z, s, tuple(w.shape))
 
-# %% ../nbs/64b_compensate.ipynb #a53fc7f3
+# %% ../nbs/64b_compensate.ipynb #64e977d7
 for _bits, _factor_ in ((3, .586), (4, .3352)):
     _n = 2**(_bits-1)
     CODES(f'q{_bits}')(Codebook(f'q{_bits}', tuple(i+.5 for i in range(-_n, _n)), tuple(float(i) for i in range(1-_n, _n)),
                                 'rms', _factor_, held='bfloat16', doc=f'{2*_n} even levels, least error on a bell curve'))
 
-# %% ../nbs/64b_compensate.ipynb #cc4b9277
+# %% ../nbs/64b_compensate.ipynb #c5b160d4
 class _Halt(Exception): "Enough was seen of this call"
 
 @contextmanager
@@ -155,7 +155,7 @@ def _entries(model, windows, batch): # what the first block is called with, batc
         with _before(_blocks(model)[:1], look): model(ids, **more)
     return got
 
-# %% ../nbs/64b_compensate.ipynb #cc250538
+# %% ../nbs/64b_compensate.ipynb #53e7f34b
 def _call(block, entry): # -> the hidden states behind the block
     x, args, kw = entry
     y = block(x, *args, **kw)
@@ -180,7 +180,7 @@ class _Memo: # the forward of a finished layer: every batch is computed once
         if self.batch not in self.known: self.known[self.batch] = self.f(x)
         return self.known[self.batch]
 
-# %% ../nbs/64b_compensate.ipynb #542f7e82
+# %% ../nbs/64b_compensate.ipynb #1482b244
 def _moments(block, entries, memos, m, calls, twins): # over all tokens: XᵀX of a layer's inputs, and (F-X)ᵀX
     h = c = 0.
     for i,e in enumerate(entries):
@@ -203,7 +203,7 @@ def _settle(layers, code, h, c, repair, settings): # -> {layer: Coded}
     scales = q.s.split(n) if code.group >= 0 else [q.s]
     return {m: Coded(code, z, s, tuple(m.weight.shape)) for m,z,s in zip(layers, q.z.split(n), scales)}
 
-# %% ../nbs/64b_compensate.ipynb #29a7a89e
+# %% ../nbs/64b_compensate.ipynb #05c2eba3
 def _block_codes(block, entries, twins, codes, repair, settings): # rounds the layers of a block in place -> ({layer: Coded}, what it gives, batch by batch)
     stages, memos, out = _stages(block, entries[0], list(codes)), [], {}
     for ms,calls in stages:
@@ -220,7 +220,7 @@ def _block_codes(block, entries, twins, codes, repair, settings): # rounds the l
         for m in ms: calls > 1 or m.__dict__.pop('forward')
     return out, ys
 
-# %% ../nbs/64b_compensate.ipynb #c4de1180
+# %% ../nbs/64b_compensate.ipynb #197e4a9b
 @torch.no_grad()
 def compensate_model(
     model:nn.Module, # `LM`, or a Llama of `transformers`, in float32; changed in place
@@ -249,7 +249,7 @@ def compensate_model(
         if n not in state: state[n] = hold(m.weight, plan[n]); m.weight.copy_(state[n].decode())
     return state
 
-# %% ../nbs/64b_compensate.ipynb #16e95c43
+# %% ../nbs/64b_compensate.ipynb #572ea3eb
 def _spread(windows, n): # n of them, evenly spaced, or all
     if not windows: raise ValueError('this method looks at data; give it text to calibrate on, with --data')
     return list(windows)[::max(1, len(windows)//n)][:n]
@@ -267,7 +267,7 @@ def compensate_weights(
     for n,m in layers.items(): put_coded(m, state[n])
     return lm
 
-# %% ../nbs/64b_compensate.ipynb #611538f5
+# %% ../nbs/64b_compensate.ipynb #94433ca2
 def _shy(model, lr): # parameter groups: scales and gains of the blocks, each with a rate relative to its size
     for p in model.parameters(): p.requires_grad_(False)
     inside = {id(m): m for b in _blocks(model) for m in b.modules()}.values()
@@ -297,7 +297,7 @@ def heal(
     load_coded_state(model, coded_state(student))
     return losses
 
-# %% ../nbs/64b_compensate.ipynb #c7407843
+# %% ../nbs/64b_compensate.ipynb #4214153c
 def healing(
     method:str, # a key of `METHODS`
     steps:int   # of `heal`, each on a window of its own

@@ -7,9 +7,13 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from test_llama import folder_of, llama
+
 from pi2nb.codebook import CODES, codebook, hold
 from pi2nb.compensate import _damped, _descend, _refit, _walk, _factor, compensate, compensate_model, heal, output_error
-from pi2nb.model import LM, LMConfig, RECIPES, recipe
+from pi2nb.cli import main
+from pi2nb.model import LM, recipe
+from pi2nb.q2bn import load_model
 from pi2nb.quantlinear import QuantLinear, coded_state, load_coded_state
 
 
@@ -159,3 +163,18 @@ def test_healing_moves_scales_and_gains_and_nothing_else():
     assert any(not torch.equal(new[n], old[n]) for n in new if n.endswith('_norm.weight'))
     assert all(isinstance(lm.get_submodule(n), QuantLinear) for n in state)
     with pytest.raises(ValueError, match='quantise it first'): heal(deepcopy(teacher), teacher, windows(), 1)
+
+
+def test_the_command_compensates_turns_and_heals(tmp_path, monkeypatch, capsys):
+    source, text, out = folder_of(tmp_path, llama()), tmp_path/'t.txt', tmp_path/'m.q2bin'
+    text.write_bytes(b'the one the other then '*400)
+    words = f'pi2 quantize {source} -o {out} --code q3 --group 16 --method compensate --rotate --heal 2 --windows 2'.split()
+    monkeypatch.setattr('sys.argv', [*words, '--data', str(text)])
+    try: main()
+    except SystemExit as e: assert not e.code
+    assert 'q3, group=16, rotation=hadamard' in capsys.readouterr().out
+    lm, _, meta = load_model(out)
+    assert meta['quantized']['method'] == 'compensate, heal=2' and lm.blocks[0].mixer.q.code.rotation == 'hadamard'
+    monkeypatch.setattr('sys.argv', words)
+    with pytest.raises(SystemExit) as e: main()
+    assert e.value.code == 1 and 'looks at data' in capsys.readouterr().err
