@@ -1,13 +1,13 @@
 "Byte-pair vocabularies of others: the tokens of their libraries, no byte lost, nothing damaged let in"
-import json, struct
+import io, json, struct
 
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from pi2nb.bpe import SPLITS, ByteBPETokenizer, ScoreTokenizer, cut_words, join_pairs
-from pi2nb.llama import _BYTES, _of_json
-from pi2nb.tokenizer import _tokenizer_spec, tokenizer_from_dict
+from pi2nb.llama import _BYTES, _of_json, _of_model
+from pi2nb.tokenizer import UnigramTokenizer, _tokenizer_spec, tokenizer_from_dict
 
 TEXT = "It's the first of 1234 tests, they'll see; naïve café — 你好, мир!  don't\n\n  stop:\tthe the then\r\n x=42;".split(' ')
 STEPS = {'none': lambda: pre_tokenizers.ByteLevel(False, use_regex=False), 'gpt-2': lambda: pre_tokenizers.ByteLevel(False),
@@ -142,3 +142,35 @@ def test_a_vocabulary_comes_back(tmp_path):
 def test_a_damaged_vocabulary_is_refused(tmp_path, raw):
     (tmp_path/'tok.bin').write_bytes(raw)
     with pytest.raises(ValueError, match='fetch it again'): ScoreTokenizer.load(tmp_path/'tok.bin')
+
+
+@pytest.fixture(scope='module')
+def sentences(tmp_path_factory):  # a vocabulary as Llama 2 has it, as SentencePiece and as `tokenizers` keep it
+    import sentencepiece
+    folder, out = tmp_path_factory.mktemp('spm'), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([' '.join(TEXT)]*3), model_writer=out, model_type='bpe', vocab_size=330, byte_fallback=True,
+        character_coverage=.98, normalization_rule_name='identity', remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2)
+    (folder/'tokenizer.model').write_bytes(out.getvalue())
+    sp = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
+    vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
+    pairs = sorted((vocab[t], t[:k], t[k:]) for t, i in vocab.items() if i > 258 for k in range(1, len(t)) if t[:k] in vocab and t[k:] in vocab)
+    t = Tokenizer(models.BPE(vocab, [p[1:] for p in pairs], byte_fallback=True, unk_token='<unk>', fuse_unk=True))
+    t.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+    t.save(str(folder/'tokenizer.json'))
+    return sp, t, _of_model(folder/'tokenizer.model', 1), _of_json(folder/'tokenizer.json', 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(words=words.map(' '.join).filter(lambda s: s and '▁' not in s and '\0' not in s))
+def test_scores_as_the_libraries_read_them(sentences, words):
+    sp, theirs, a, b = sentences
+    assert a.encode(' ' + words).tolist() == sp.encode(words) == theirs.encode(words).ids == b.encode(' ' + words).tolist()
+    assert a.prefix == b.prefix == b' ' and a.decode(a.encode(words)) == words.encode()
+
+
+def test_a_unigram_model_is_no_pair_model(tmp_path):
+    import base64
+    (tmp_path/'tokenizer.model').write_bytes(base64.b64decode(UnigramTokenizer.train(' '.join(TEXT), 320).model))
+    with pytest.raises(ValueError, match='no byte-pair model'): _of_model(tmp_path/'tokenizer.model', 1)
+    (tmp_path/'tokenizer.model').write_bytes(b'no')
+    with pytest.raises(ValueError, match='no SentencePiece model'): _of_model(tmp_path/'tokenizer.model', 1)
