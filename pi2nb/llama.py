@@ -163,6 +163,7 @@ def _of_model(path, bos): # a SentencePiece file -> tokenizer
     if ranks != sorted(ranks, reverse=True) or any(s != int(s) for s in ranks): raise ValueError(f'{path} is no byte-pair model; give a model with a BPE tokenizer')
     return _scored([sp.id_to_piece(i) for i in range(n)], scores, kinds, ' ' if sp.encode('a', out_type=str)[0][0] == '▁' else '', bos)
 
+# %% ../nbs/64a_llama.ipynb #7ffc2dab
 _PRE = {'gpt-2': 'gpt-2', 'gpt2': 'gpt-2', 'smollm': 'smollm', 'llama-bpe': 'llama-3', 'llama3': 'llama-3', 'llama-v3': 'llama-3'}
 
 def _of_gguf(reader, name): # the settings in a GGUF -> tokenizer
