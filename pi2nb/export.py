@@ -200,10 +200,11 @@ class Exported:
         kinds = {}
         for name,held,kind,shape,*num in self.rows:
             kinds.setdefault((re.sub(r'\.\d+\.', '.*.', name), 'x'.join(map(str, shape)), held, kind), []).append(num)
-        out = [f"{'tensors':44} {'':>4}{'shape':>12}  {'held as':12}{'became':8}{'bits':>7}  max |difference|"]
+        wide = 2 + max(len(k[2]) for k in [*kinds, (0, 0, 'held as')])
+        out = [f"{'tensors':46} {'':>4}{'shape':>12}  {'held as':{wide}}{'became':9}{'bits':>6}  max |difference|"]
         for (name,shape,held,kind), nums in kinds.items():
             n, size, gap = (f(x) for f,x in zip((sum, sum, max), zip(*nums)))
-            out.append(f'{name:44} {len(nums):>3}x{shape:>12}  {held:12}{kind:8}{8*size/n:7.3f}  {gap:g}')
+            out.append(f'{name:46} {len(nums):>3}x{shape:>12}  {held:{wide}}{kind:9}{8*size/n:6.3f}  {gap:g}')
         n = sum(r[4] for r in self.rows)
         return '\n'.join(out + [f'{self.path}: {self.size:,} bytes, {n:,} weights, {self.bits_per_weight:.3f} bits each with everything counted'])
 
