@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['output_error', 'compensate', 'compensate_model', 'compensate_weights', 'heal', 'healing']
 
-# %% ../nbs/64b_compensate.ipynb #02e6fdb8
+# %% ../nbs/64b_compensate.ipynb #15416c4a
 from contextlib import contextmanager
 from copy import deepcopy
 import torch
@@ -16,7 +16,7 @@ from .quantlinear import coded_state, load_coded_state
 from .packed import PackedWeight, pack_model
 from .llama import METHODS, block_matrices, put_coded, register_method
 
-# %% ../nbs/64b_compensate.ipynb #91da8bf0
+# %% ../nbs/64b_compensate.ipynb #6b460823
 def output_error(
     q:Tensor, # the weights that are used [rows, cols]
     w:Tensor, # the weights that were meant [rows, cols]
@@ -26,7 +26,7 @@ def output_error(
     def size(e): return ((e@h)*e).sum()
     return (size(q - w)/size(w)).item()
 
-# %% ../nbs/64b_compensate.ipynb #8c47df6c
+# %% ../nbs/64b_compensate.ipynb #4b2be264
 def _damped(h, damp): # XᵀX plus a share of its mean diagonal, float64
     d = h.diagonal().double()
     return h.double() + torch.diag(torch.where(d > 0, damp, 1.)*d.mean().clamp(min=1e-30))
@@ -34,14 +34,14 @@ def _damped(h, damp): # XᵀX plus a share of its mean diagonal, float64
 def _factor(h): # the upper triangle U with UᵀU = h⁻¹, float32
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
 
-# %% ../nbs/64b_compensate.ipynb #4282e2c3
+# %% ../nbs/64b_compensate.ipynb #9fc10395
 def _group_scale(x, cost, code): # columns as they are now [g, rows], what an error costs in each [g] -> float32 [rows], stored digits
     shared = code.group < 0
     m, cost = (x.T.reshape(1, -1), cost.repeat(x.shape[1])) if shared else (x.T.contiguous(), cost)
     s = code.factor*m.abs().amax(-1) if code.rule == 'absmax' else _search(m, code, cost/cost.mean())
     return _shorten(s.clamp(min=_TINY, max=2.**15), code.digits, code.rule == 'absmax').expand(x.shape[1])
 
-# %% ../nbs/64b_compensate.ipynb #dd959cbd
+# %% ../nbs/64b_compensate.ipynb #d4f26f30
 def _nearest(code): # numbers in units of the scale -> symbols, in place
     if (d := code.step) is None: return lambda u: u.copy_(code._symbols(u))
     low, top = code.levels[0]/d, len(code.levels)-1
@@ -62,7 +62,7 @@ def _walk(x, u, code, g): # columns [cols, rows], used up -> symbols [cols, rows
         x[b+n:].addmm_(u[b:b+n, b+n:].T, e, alpha=-1)
     return z, s
 
-# %% ../nbs/64b_compensate.ipynb #2ff5c9f7
+# %% ../nbs/64b_compensate.ipynb #4e1cb5d9
 def _descend(x, z, s, h, code, g): # every symbol anew, in place, while all others stay
     (cols, rows), n, near, diag = x.shape, _block(g), _nearest(code), h.diagonal().tolist()
     q = code._values(z)*s.repeat_interleave(g, 0)
@@ -76,7 +76,7 @@ def _descend(x, z, s, h, code, g): # every symbol anew, in place, while all othe
         q[b:b+n] += d
         grad[b+n:].addmm_(h[b+n:, b:b+n], d)
 
-# %% ../nbs/64b_compensate.ipynb #4c1b6292
+# %% ../nbs/64b_compensate.ipynb #55693cdb
 def _refit(x, z, s, h, code, g): # the scales of least error for these symbols [cols/g, rows]
     v, (cols, rows) = code._values(z), x.shape
     def per_group(t): return t.view(-1, g, rows).sum(1).T                        # [rows, groups]
@@ -89,7 +89,7 @@ def _refit(x, z, s, h, code, g): # the scales of least error for these symbols [
     def error(s): return ((a@s[..., None])[..., 0]*s - 2*b*s).sum(1, True)
     return torch.where(error(new) < error(old), new, old).T.expand(s.shape).contiguous()
 
-# %% ../nbs/64b_compensate.ipynb #e07e06e8
+# %% ../nbs/64b_compensate.ipynb #6eec5112
 def _order(h, g): # -> the order of columns, and of groups: what matters most comes first
     d = h.diagonal().view(-1, g)
     groups = d.sum(1).argsort(descending=True)
@@ -103,7 +103,7 @@ def _checked(w, h, code): # ValueError on what cannot be compensated
         raise ValueError('the weights or their inputs hold NaN or infinity; look at the model before rounding it')
     return w.detach().float(), h.float(), code.scale_shape(*w.shape)
 
-# %% ../nbs/64b_compensate.ipynb #8e0703cf
+# %% ../nbs/64b_compensate.ipynb #374483c2
 @torch.no_grad()
 def compensate(
     w:Tensor,          # weights as they should be [rows, cols]
@@ -127,13 +127,15 @@ def compensate(
         raise ValueError(f'{code.name} does not give its symbols back where scales differ so much; add held=float32 to the code')
     return Coded(code, z, s, tuple(w.shape))
 
-# %% ../nbs/64b_compensate.ipynb #64e977d7
-for _bits, _factor_ in ((3, .586), (4, .3352)):
-    _n = 2**(_bits-1)
-    CODES(f'q{_bits}')(Codebook(f'q{_bits}', tuple(i+.5 for i in range(-_n, _n)), tuple(float(i) for i in range(1-_n, _n)),
-                                'rms', _factor_, held='bfloat16', doc=f'{2*_n} even levels, least error on a bell curve'))
+# %% ../nbs/64b_compensate.ipynb #0a9cf5f3
+def _even(bits, factor): # levels at odd halves
+    n = 2**(bits-1)
+    return Codebook(f'q{bits}', tuple(i+.5 for i in range(-n, n)), tuple(float(i) for i in range(1-n, n)),
+                    'rms', factor, held='bfloat16', doc=f'{2*n} even levels, least error on a bell curve')
 
-# %% ../nbs/64b_compensate.ipynb #c5b160d4
+for _c in (_even(3, .586), _even(4, .3352)): CODES(_c.name)(_c)
+
+# %% ../nbs/64b_compensate.ipynb #b2c4a1c2
 class _Halt(Exception): "Enough was seen of this call"
 
 @contextmanager
@@ -155,7 +157,7 @@ def _entries(model, windows, batch): # what the first block is called with, batc
         with _before(_blocks(model)[:1], look): model(ids, **more)
     return got
 
-# %% ../nbs/64b_compensate.ipynb #53e7f34b
+# %% ../nbs/64b_compensate.ipynb #482b0940
 def _call(block, entry): # -> the hidden states behind the block
     x, args, kw = entry
     y = block(x, *args, **kw)
@@ -180,7 +182,7 @@ class _Memo: # the forward of a finished layer: every batch is computed once
         if self.batch not in self.known: self.known[self.batch] = self.f(x)
         return self.known[self.batch]
 
-# %% ../nbs/64b_compensate.ipynb #1482b244
+# %% ../nbs/64b_compensate.ipynb #72c7ee83
 def _moments(block, entries, memos, m, calls, twins): # over all tokens: XᵀX of a layer's inputs, and (F-X)ᵀX
     h = c = 0.
     for i,e in enumerate(entries):
@@ -203,7 +205,7 @@ def _settle(layers, code, h, c, repair, settings): # -> {layer: Coded}
     scales = q.s.split(n) if code.group >= 0 else [q.s]
     return {m: Coded(code, z, s, tuple(m.weight.shape)) for m,z,s in zip(layers, q.z.split(n), scales)}
 
-# %% ../nbs/64b_compensate.ipynb #05c2eba3
+# %% ../nbs/64b_compensate.ipynb #a1033d05
 def _block_codes(block, entries, twins, codes, repair, settings): # rounds the layers of a block in place -> ({layer: Coded}, what it gives, batch by batch)
     stages, memos, out = _stages(block, entries[0], list(codes)), [], {}
     for ms,calls in stages:
@@ -220,7 +222,7 @@ def _block_codes(block, entries, twins, codes, repair, settings): # rounds the l
         for m in ms: calls > 1 or m.__dict__.pop('forward')
     return out, ys
 
-# %% ../nbs/64b_compensate.ipynb #197e4a9b
+# %% ../nbs/64b_compensate.ipynb #d03a28a9
 @torch.no_grad()
 def compensate_model(
     model:nn.Module, # `LM`, or a Llama of `transformers`, in float32; changed in place
@@ -249,7 +251,7 @@ def compensate_model(
         if n not in state: state[n] = hold(m.weight, plan[n]); m.weight.copy_(state[n].decode())
     return state
 
-# %% ../nbs/64b_compensate.ipynb #572ea3eb
+# %% ../nbs/64b_compensate.ipynb #ca90412f
 def _spread(windows, n): # n of them, evenly spaced, or all
     if not windows: raise ValueError('this method looks at data; give it text to calibrate on, with --data')
     return list(windows)[::max(1, len(windows)//n)][:n]
@@ -267,7 +269,7 @@ def compensate_weights(
     for n,m in layers.items(): put_coded(m, state[n])
     return lm
 
-# %% ../nbs/64b_compensate.ipynb #94433ca2
+# %% ../nbs/64b_compensate.ipynb #f2f254d6
 def _shy(model, lr): # parameter groups: scales and gains of the blocks, each with a rate relative to its size
     for p in model.parameters(): p.requires_grad_(False)
     inside = {id(m): m for b in _blocks(model) for m in b.modules()}.values()
@@ -280,7 +282,7 @@ def heal(
     windows,           # token ids to learn from, int64 tensors of one length [time]
     steps:int,         # of Adam; the windows are read again if they do not suffice
     batch:int = 1,     # windows in a step
-    lr:float = .02     # first step, as a share of a parameter's mean size; falls to 0
+    lr:float = .01     # first step, as a share of a parameter's mean size; falls to 0
 ) -> list:             # nats per token that the teacher's distribution is away, step by step
     "Distil a float model into the scales of a rounded one (Hinton, arXiv 1503.02531); raises ValueError where there is nothing to learn"
     student, windows, losses = pack_model(deepcopy(model), magnitudes=True), torch.stack(list(windows)), []
@@ -297,7 +299,7 @@ def heal(
     load_coded_state(model, coded_state(student))
     return losses
 
-# %% ../nbs/64b_compensate.ipynb #4214153c
+# %% ../nbs/64b_compensate.ipynb #a66b1118
 def healing(
     method:str, # a key of `METHODS`
     steps:int   # of `heal`, each on a window of its own
