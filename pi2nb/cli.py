@@ -286,7 +286,7 @@ def _prove(lm, tok, text): # prints; exit 1 if the bytes do not come back, or th
     p = prove(lm, tok, text[:2**20], _bar(3*len(tok.encode(text[:2**20]))))
     print(f'{p.coded:.4f} bits per byte   coded in {p.lanes} lanes, {p.bytes:,} bytes; decoded again: {"the same" if p.same else "not the same"}')
     print(f'{p.score:.4f} bits per byte   score in the same lanes; the coded size differs by {p.gap:+.3%}')
-    if not p.holds: raise ValueError('the proof fails: ' + ('the size is more than 0.1 % from the score' if p.same else 'the bytes did not come back'))
+    if not p.holds: raise ValueError('the proof fails: ' + ('the size is more than 0.1 % above the score' if p.same else 'the bytes did not come back'))
 
 # %% ../nbs/70_cli.ipynb #2a505703
 Model = Annotated[Path, typer.Option('--model', '-m', help='the .q2bin file whose predictions are used', show_default=False)]

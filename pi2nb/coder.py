@@ -6,7 +6,7 @@
 __all__ = ['table_bits', 'frequency_table', 'rans_push', 'RansReader', 'encode_tokens', 'decode_tokens', 'model_identity',
            'compress', 'decompress', 'Proof', 'prove']
 
-# %% ../nbs/51_coder.ipynb #1ba1c1ca
+# %% ../nbs/51_coder.ipynb #f1f43326
 import ctypes, hashlib, json, struct, zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,9 +21,9 @@ from .quantlinear import coded_state
 from .tokenizer import ByteTokenizer
 from .exact import exact_exp
 from .exactlm import ExactLM, _kernels, _BASE_C, _EXP_C
-from .q2bn import q2bn_bytes
+from .q2bn import identity
 
-# %% ../nbs/51_coder.ipynb #6837d619
+# %% ../nbs/51_coder.ipynb #1c78ceb6
 def table_bits(
     vocab:int # number of tokens
 ) -> int:     # the frequencies of a table sum to 2 to this power
@@ -43,7 +43,7 @@ def frequency_table(
     f[:, -1] += 2**table_bits(logits.shape[-1]) - f.sum(-1)
     return f
 
-# %% ../nbs/51_coder.ipynb #4af7720f
+# %% ../nbs/51_coder.ipynb #4f856c07
 _LOW = 2**31 # the state lies between this and 2^63
 
 def rans_push(
@@ -58,7 +58,7 @@ def rans_push(
         x = (x//f << bits) + x % f + s
     return struct.pack(f'<Q{len(words)}I', x, *words[::-1])
 
-# %% ../nbs/51_coder.ipynb #ef5c9b48
+# %% ../nbs/51_coder.ipynb #56c8e90e
 class RansReader:
     "Reads tokens back from what `rans_push` made; raises ValueError where it ends too early"
     def __init__(self,
@@ -70,10 +70,10 @@ class RansReader:
 
     def done(self): return int(self.x[0]) == _LOW and int(self.at[0]) == len(self.words)
 
-# %% ../nbs/51_coder.ipynb #6727ce67
+# %% ../nbs/51_coder.ipynb #5c89a092
 #| exports
 
-# %% ../nbs/51_coder.ipynb #e6dc2f14
+# %% ../nbs/51_coder.ipynb #c6a483c4
 @patch
 def pop(self:RansReader,
     tables:Tensor, # frequencies, int64 [rows, vocab]
@@ -93,7 +93,7 @@ def pop(self:RansReader,
     self.x[0], self.at[0] = x, at
     return torch.tensor(out, dtype=torch.int32)
 
-# %% ../nbs/51_coder.ipynb #2ae96e12
+# %% ../nbs/51_coder.ipynb #50d3fc52
 _TABLE_C = """
 typedef uint64_t U;
 static void shares(const F *x, N V, D share, F *e, I *f) {
@@ -107,7 +107,7 @@ static void shares(const F *x, N V, D share, F *e, I *f) {
 }
 """
 
-# %% ../nbs/51_coder.ipynb #4ac8e161
+# %% ../nbs/51_coder.ipynb #73c20859
 _MEASURE_C = """
 void measure(const F *x, const I *token, uint32_t *start, uint32_t *freq, N M, N V, N bits, N threads, D share) {
   #pragma omp parallel for num_threads(threads) if(threads > 1)
@@ -120,7 +120,7 @@ void measure(const F *x, const I *token, uint32_t *start, uint32_t *freq, N M, N
 }
 """
 
-# %% ../nbs/51_coder.ipynb #c823cc46
+# %% ../nbs/51_coder.ipynb #68d0e3e4
 _PUSH_C = """
 N push(const uint32_t *start, const uint32_t *freq, uint32_t *end, U *state, N n, N bits) {
   U x = 1ull << 31; uint32_t *w = end;
@@ -134,7 +134,7 @@ N push(const uint32_t *start, const uint32_t *freq, uint32_t *end, U *state, N n
 }
 """
 
-# %% ../nbs/51_coder.ipynb #3973cf5a
+# %% ../nbs/51_coder.ipynb #7f4746d0
 _POP_C = """
 N pop(const F *x, I *token, const uint32_t *words, N *at, U *state, N size, N M, N V, N bits, D share) {
   for (N i = 0; i < M; i++) {
@@ -149,7 +149,7 @@ N pop(const F *x, I *token, const uint32_t *words, N *at, U *state, N size, N M,
 }
 """
 
-# %% ../nbs/51_coder.ipynb #3da42c9f
+# %% ../nbs/51_coder.ipynb #713137ef
 @lru_cache
 def _coder(): return _kernels() and compile_c(_BASE_C + _EXP_C + _TABLE_C + _MEASURE_C + _PUSH_C + _POP_C)
 def _args(*arrays): return [ctypes.c_void_p(a.data_ptr() if isinstance(a, Tensor) else a.ctypes.data) for a in arrays]
@@ -164,7 +164,7 @@ def _measure(logits, tokens): # float32 [rows, vocab], int32 [rows] -> start, fr
     f, at = frequency_table(logits), tokens.long()[:, None]
     return tuple(t.gather(1, at)[:, 0].numpy().astype(np.uint32) for t in (f.cumsum(-1) - f, f))
 
-# %% ../nbs/51_coder.ipynb #4c0f2014
+# %% ../nbs/51_coder.ipynb #7ae4c5d4
 def _push(start, freq, bits):
     if not (lib := _coder()): return rans_push(start, freq, bits)
     words, x = np.empty(len(start) + 1, np.uint32), np.zeros(1, np.uint64)
@@ -172,7 +172,7 @@ def _push(start, freq, bits):
     n = lib.push(*_args(start, freq), ctypes.c_void_p(words.ctypes.data + words.nbytes), *_args(x), *_sizes(len(start), bits))
     return x.astype('<u8').tobytes() + words[len(words) - n:].astype('<u4').tobytes()
 
-# %% ../nbs/51_coder.ipynb #dddd1052
+# %% ../nbs/51_coder.ipynb #01ea8a26
 def _read(reader, logits): # one token for each row of logits -> int32 [rows]
     if not (lib := _coder()): return reader.pop(frequency_table(logits), table_bits(logits.shape[1]))
     logits, tokens = logits.contiguous(), torch.empty(len(logits), dtype=torch.int32)
@@ -181,7 +181,7 @@ def _read(reader, logits): # one token for each row of logits -> int32 [rows]
     if not ok: raise ValueError('the coded stream ends too early; copy the file again')
     return tokens
 
-# %% ../nbs/51_coder.ipynb #facc41ac
+# %% ../nbs/51_coder.ipynb #ced224eb
 def _cut(n): # n tokens -> lanes, tokens in each; the last one may be shorter
     lanes = max(1, min(128, n//4096))
     size = -(-n//lanes)
@@ -197,12 +197,12 @@ def _steps(lm, tok, ids): # yields logits [steps, lanes, vocab], tokens [steps, 
     lanes, size = _cut(len(ids))
     fed, want = _grid(tok, ids, lanes, size)
     counts, state = (torch.arange(size)[:, None] + size*torch.arange(lanes) < len(ids)), None
-    step = max(1, min(64, 2**22//(lanes*lm.config.vocab)))
+    step, device = max(1, min(64, 2**22//(lanes*lm.config.vocab))), lm.table.device if isinstance(lm, ExactLM) else lm.head.weight.device
     for at in range(0, size, step):
-        logits, state = lm(fed[:, at:at+step].to(lm.table.device if hasattr(lm, 'table') else lm.head.weight.device), state)
+        logits, state = lm(fed[:, at:at+step].to(device), state)
         yield logits.transpose(0, 1).cpu(), want[:, at:at+step].T, counts[at:at+step]
 
-# %% ../nbs/51_coder.ipynb #2a70876e
+# %% ../nbs/51_coder.ipynb #5eccf3e9
 def encode_tokens(
     lm:ExactLM,     # the model in canonical arithmetic
     tok,            # its tokenizer
@@ -217,7 +217,7 @@ def encode_tokens(
         if progress: progress(int(counts.sum()))
     return _push(*map(np.concatenate, zip(*parts)), table_bits(lm.config.vocab))
 
-# %% ../nbs/51_coder.ipynb #f4c0d34a
+# %% ../nbs/51_coder.ipynb #6958b4e3
 @torch.inference_mode()
 def decode_tokens(
     lm:ExactLM,     # the model that coded them
@@ -241,7 +241,7 @@ def decode_tokens(
     if not reader.done(): raise ValueError('the coded stream does not end where the text ends; copy the file again')
     return out.flatten()[:n].numpy()
 
-# %% ../nbs/51_coder.ipynb #1275bf15
+# %% ../nbs/51_coder.ipynb #2bc7cfd1
 _FILE, _BLOCK_HEAD, _BLOCK, _ARITHMETIC = '<5s16s16sQI', '<BIII', 2**24, 1
 
 def model_identity(
@@ -249,11 +249,13 @@ def model_identity(
     tok # its tokenizer
 ) -> bytes: # 16 bytes
     "What a coded file remembers of its model: weights, configuration, tokenizer and the arithmetic"
-    meta = dict(config=lm.config.to_dict(), tokenizer=tok.to_dict(), arithmetic=_ARITHMETIC)
-    return hashlib.sha256(q2bn_bytes(coded_state(lm), meta)).digest()[:16]
+    name = identity((coded_state(lm), dict(config=lm.config.to_dict(), tokenizer=tok.to_dict())))
+    return hashlib.sha256(f'{name} {_ARITHMETIC}'.encode()).digest()[:16]
+
+def _plain(data): return zstandard.compress(data, 19)
 
 def _block(lm, tok, data, verify, progress): # bytes -> kind, tokens, payload
-    plain = zstandard.compress(data, 19)
+    plain = _plain(data)
     ids = tok.encode(data)
     if tok.decode(ids) != data: return 0, 0, plain
     coded = encode_tokens(lm, tok, ids, progress)
@@ -264,7 +266,7 @@ def _block(lm, tok, data, verify, progress): # bytes -> kind, tokens, payload
     if not np.array_equal(got, want): raise ValueError('the model does not predict the same twice on this machine; nothing was written')
     return 1, len(ids), coded
 
-# %% ../nbs/51_coder.ipynb #44e502a7
+# %% ../nbs/51_coder.ipynb #3d01cc13
 def compress(
     data:bytes,        # anything
     lm,                # an `LM`, frozen
@@ -282,7 +284,7 @@ def compress(
     out = head + b''.join(blocks)
     return out + struct.pack('<I', zlib.crc32(out))
 
-# %% ../nbs/51_coder.ipynb #13fded86
+# %% ../nbs/51_coder.ipynb #ea7d5182
 def _blocks(data, count): # the body of a file -> list of (kind, bytes, tokens, payload); raises ValueError
     at, out = 0, []
     for _ in range(count):
@@ -304,7 +306,7 @@ def _front(data): # a file -> identity, digest, length, blocks; raises ValueErro
     _, who, digest, length, count = struct.unpack_from(_FILE, data)
     return who, digest, length, _blocks(data[size:-4], count)
 
-# %% ../nbs/51_coder.ipynb #5187b83d
+# %% ../nbs/51_coder.ipynb #677503a8
 def _unblock(lm, tok, kind, size, n, payload, progress): # -> the bytes of a block; raises ValueError
     if kind == 1: out = tok.decode(decode_tokens(lm, tok, payload, n, progress=progress))
     else:
@@ -331,7 +333,7 @@ def decompress(
         raise ValueError('what came out is not what was put in (its SHA-256 differs); report the two machines')
     return out
 
-# %% ../nbs/51_coder.ipynb #9b4e290d
+# %% ../nbs/51_coder.ipynb #42c4463f
 @dataclass(frozen=True)
 class Proof:
     "A score, and what a file really takes"
@@ -344,7 +346,7 @@ class Proof:
     @property
     def gap(self): return self.coded/self.score - 1
     @property
-    def holds(self): return self.same and abs(self.coded - self.score)*self.bytes < .001*self.score*self.bytes + 64 # bits, the state
+    def holds(self): return self.same and (self.coded - self.score)*self.bytes < .001*self.score*self.bytes + 64 # bits of the state
 
 @torch.inference_mode()
 def prove(

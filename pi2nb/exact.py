@@ -6,7 +6,7 @@
 __all__ = ['power_grid', 'whole_grid', 'exact_product', 'exact_exp', 'exact_softplus', 'exact_sigmoid', 'exact_norm',
            'exact_cos_sin', 'exact_attention']
 
-# %% ../nbs/44_exact.ipynb #3e8a6151
+# %% ../nbs/44_exact.ipynb #1c457e2c
 from functools import lru_cache
 from math import pi
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .rotation import QUARTER
 from .attention import _turns
 
-# %% ../nbs/44_exact.ipynb #13e54d4c
+# %% ../nbs/44_exact.ipynb #6a7dc62e
 def _raw(x): return x.contiguous().view(torch.int32)
 def _power(x): return (_raw(x) & 0x7f800000).view(torch.float32) # of positive floats: the largest power of two that is not above
 def _over(a, b): return torch.full_like(b, a)/b                 # divided by a number, some devices multiply by its rounded inverse
@@ -37,7 +37,7 @@ def whole_grid(
     m = _largest(x, 2.**-60)
     return (x*_over(most, m)).round(), m/torch.full_like(m, most)
 
-# %% ../nbs/44_exact.ipynb #56956e5d
+# %% ../nbs/44_exact.ipynb #583a2103
 def exact_product(
     q:Tensor,   # integers in floats [..., rows, n]
     n:Tensor,   # integers in floats [..., cols, n]
@@ -48,7 +48,7 @@ def exact_product(
     wide = torch.float32 if reach <= 2.**24 and not q.is_cuda else torch.float64 # a GPU may round float32 inputs to fewer bits
     return (q.to(wide)@n.to(wide).mT).float()
 
-# %% ../nbs/44_exact.ipynb #e3c8e6df
+# %% ../nbs/44_exact.ipynb #57190569
 def _horner(x, *c): # c[0]*x^n + ... + c[-1], a multiplication and an addition at a time
     p = torch.full_like(x, c[0])
     for a in c[1:]: p = p*x + a
@@ -64,7 +64,7 @@ def exact_exp(
     p = _horner(r, 1.98756912e-4, 1.39819994e-3, 8.33345205e-3, 4.16657962e-2, .166666642, .5)
     return ((p*(r*r) + r) + 1)*((k.int() + 127) << 23).view(torch.float32)
 
-# %% ../nbs/44_exact.ipynb #0c91d6e3
+# %% ../nbs/44_exact.ipynb #d4535e47
 _ARTANH = .0588235296, .0666666701, .0769230798, .0909090936, .111111112, .142857149, .200000003, .333333343, 1.
 def _log1p(e): # log(1+e) for e from 0 to 1
     z = e/(2 + e)
@@ -77,7 +77,7 @@ def exact_sigmoid(x:Tensor) -> Tensor: # float32
     "1/(1 + exp(-x)), the same bits everywhere"
     return _over(1., 1 + exact_exp(-x))
 
-# %% ../nbs/44_exact.ipynb #28dce722
+# %% ../nbs/44_exact.ipynb #24a47d79
 _EPS = torch.finfo(torch.float32).eps
 
 def exact_norm(
@@ -92,7 +92,7 @@ def exact_norm(
     y = x*_over(1., mean.sqrt()).float()
     return y if gain is None else y*gain
 
-# %% ../nbs/44_exact.ipynb #1581ae53
+# %% ../nbs/44_exact.ipynb #00fa60dc
 _SINE = [1/51090942171709440000., -1/121645100408832000., 1/355687428096000., -1/1307674368000., 1/6227020800., -1/39916800.,
          1/362880., -1/5040., 1/120., -1/6., 1.] # 1/21!, 1/19!, ... with alternating signs
 
@@ -110,7 +110,7 @@ def _turning(at, T, n, base): # cosines and sines of positions at.. [2, T, n]
     first = at//256
     return torch.cat([_turn_block(i, n, base) for i in range(first, (at + T - 1)//256 + 1)], 1)[:, at - 256*first:][:, :T]
 
-# %% ../nbs/44_exact.ipynb #997aa434
+# %% ../nbs/44_exact.ipynb #715d86c0
 _SUM = 32766. # what the integer weights of a softmax add up to, about
 
 def exact_attention(

@@ -6,7 +6,7 @@
 __all__ = ['EXACT', 'register_exact', 'ExactLinear', 'uncompiled', 'ExactGQA', 'ExactCfC', 'ExactMLP', 'ExactRecursive',
            'exact_layer', 'ExactDamped', 'ExactDelta', 'ExactLM']
 
-# %% ../nbs/44a_exactlm.ipynb #182acdb0
+# %% ../nbs/44a_exactlm.ipynb #e512803f
 import ctypes
 from contextlib import contextmanager
 from functools import lru_cache
@@ -22,7 +22,7 @@ from .complex_scan import _units
 from .exact import (exact_attention, exact_cos_sin, exact_exp, exact_norm, exact_product, exact_sigmoid, exact_softplus,
                          power_grid, whole_grid, _EPS, _horner, _turning)
 
-# %% ../nbs/44a_exactlm.ipynb #a6c0f147
+# %% ../nbs/44a_exactlm.ipynb #4300da38
 def _whole_weights(m): # a layer -> its weights as integers in float32 [rows, cols] and scales [rows]; None where they are none
     code = getattr(m, 'code', None)
     if not isinstance(code, Codebook) or code.step is None or code.rotation or code.group > 0: return
@@ -33,7 +33,7 @@ def _whole_weights(m): # a layer -> its weights as integers in float32 [rows, co
     if code.held == 'bfloat16': s = s.bfloat16().float()
     return (n, s[:, 0].contiguous()) if torch.allclose(n*s, w, rtol=2**-7, atol=0) else None
 
-# %% ../nbs/44a_exactlm.ipynb #8d3b48ef
+# %% ../nbs/44a_exactlm.ipynb #62da76b0
 class ExactLinear(nn.Module):
     "A linear layer in canonical arithmetic; input float32 [..., in_features], output [..., out_features]"
     def __init__(self,
@@ -51,7 +51,7 @@ class ExactLinear(nn.Module):
         self.reach = self.most*w.shape[1]*self.n.abs().max().item()*(2 - self.whole)
         self.job, self.fast = None, self.whole and self.reach < 2.**31
 
-# %% ../nbs/44a_exactlm.ipynb #12258d45
+# %% ../nbs/44a_exactlm.ipynb #c7e0e382
 @patch
 def forward(self:ExactLinear,
     x:Tensor,            # float32 [..., in_features]
@@ -69,7 +69,7 @@ def forward(self:ExactLinear,
     if square: y = y*y
     return y if add is None else add + y
 
-# %% ../nbs/44a_exactlm.ipynb #b1a7c178
+# %% ../nbs/44a_exactlm.ipynb #e45446e6
 _BASE_C = """
 #include <stdint.h>
 #include <string.h>
@@ -86,7 +86,7 @@ static inline I order(I i) { return i ^ ((i >> 31) & 0x7fffffff); } // integers 
 static inline F near(F x) { return (x + 12582912.f) - 12582912.f; }
 """
 
-# %% ../nbs/44a_exactlm.ipynb #729a4044
+# %% ../nbs/44a_exactlm.ipynb #652300b5
 _GRID_C = """
 void probe(const F *x, F *y, N n) { for (N i = 0; i < n; i++) y[i] = x[i]*x[i] + y[i]; }
 static I top(const F *x, N n) {
@@ -97,12 +97,12 @@ static I top(const F *x, N n) {
 static F grid(const F *x, N n) { I b = top(x, n); return real((b < 0x32800000 ? 0x32800000 : b) & 0x7f800000); }
 """
 
-# %% ../nbs/44a_exactlm.ipynb #a34cc7d8
+# %% ../nbs/44a_exactlm.ipynb #43969c4b
 _ROW_C = """
-static void norm(const F *x, N n, F eps, const F *gain, F *y) {
+static void norm(const F *x, N n, D eps, const F *gain, F *y) {
   F s = 8192.f/grid(x, n); int64_t sum = 0;
   for (N i = 0; i < n; i++) { I q = (I)near(x[i]*s); sum += (int64_t)q*q; }
-  D u = 1./s, ms = ((D)sum*(u*u))*(1./(D)n) + (D)eps; F r = (F)(1./sqrt(ms));
+  D u = 1./s, ms = ((D)sum*(u*u))*(1./(D)n) + eps; F r = (F)(1./sqrt(ms));
   for (N i = 0; i < n; i++) y[i] = x[i]*r;
   if (gain) for (N i = 0; i < n; i++) y[i] = y[i]*gain[i];
 }
@@ -114,7 +114,7 @@ static F whole(const F *x, N n, F most, int16_t *q, uint8_t *b) {
 }
 """
 
-# %% ../nbs/44a_exactlm.ipynb #d5d512b0
+# %% ../nbs/44a_exactlm.ipynb #407ca06c
 _TILE_C = """
 #define R 3
 #ifdef __AVX2__
@@ -139,7 +139,7 @@ static void tile(const char *x, N step, N rows, const I *w, N K, N deep, I o[R][
 }
 """
 
-# %% ../nbs/44a_exactlm.ipynb #097646cd
+# %% ../nbs/44a_exactlm.ipynb #d60ba1e8
 _PLAIN_C = """
 #else
 static void tile(const char *x, N step, N rows, const I *w, N K, N deep, I o[R][16]) {
@@ -151,9 +151,9 @@ static void tile(const char *x, N step, N rows, const I *w, N K, N deep, I o[R][
 #endif
 """
 
-# %% ../nbs/44a_exactlm.ipynb #6701d1b4
+# %% ../nbs/44a_exactlm.ipynb #46c4e619
 _LINEAR_C = """
-typedef struct { const F *x, *gain, *add, *scale, *bias; const I *w, *shift; F *y; N M, K, C, deep, square, threads; F most, eps; } Job;
+typedef struct { const F *x, *gain, *add, *scale, *bias; const I *w, *shift; F *y; N M, K, C, deep, square, threads; D eps; F most; } Job;
 static void outputs(const Job *j, const I *o, N row, N c, F unit) { // of one row, 16 columns at most
   N w = j->C - c < 16 ? j->C - c : 16, at = row*j->C + c; F v[16];
   for (N k = 0; k < w; k++) v[k] = ((F)(o[k] - j->shift[c + k])*j->scale[c + k])*unit;
@@ -164,7 +164,7 @@ static void outputs(const Job *j, const I *o, N row, N c, F unit) { // of one ro
 }
 """
 
-# %% ../nbs/44a_exactlm.ipynb #139ecb4e
+# %% ../nbs/44a_exactlm.ipynb #370a1a5d
 _JOB_C = """
 static void rows(const Job *j, N from, N n, char *q, F *unit, F *t) { // t: room for one input
   N per = j->deep ? 4 : 2, K = (j->K + per - 1)/per, step = 4*K; I o[R][16];
@@ -181,7 +181,7 @@ static void rows(const Job *j, N from, N n, char *q, F *unit, F *t) { // t: room
 }
 """
 
-# %% ../nbs/44a_exactlm.ipynb #cc6e1470
+# %% ../nbs/44a_exactlm.ipynb #52b213f3
 _ALL_C = """
 void linear(const Job *j) {
   N block = 48, step = 4*j->K, n = (j->M + block - 1)/block;
@@ -194,7 +194,7 @@ void linear(const Job *j) {
 }
 """
 
-# %% ../nbs/44a_exactlm.ipynb #d16202cb
+# %% ../nbs/44a_exactlm.ipynb #6c8a5505
 _EXP_C = """
 static inline F expo(F x) {
   x = x < -87.f ? -87.f : x; x = x > 88.f ? 88.f : x;
@@ -210,7 +210,7 @@ static inline F plus(F x) {
 }
 """
 
-# %% ../nbs/44a_exactlm.ipynb #f9d0973a
+# %% ../nbs/44a_exactlm.ipynb #8d1d251f
 _CFC_C = """
 void cfc(const F *r, const F *u, const F *dt, F *h, F *out, N B, N T, N C, N threads) {
   #pragma omp parallel for num_threads(threads) if(threads > 1)
@@ -225,7 +225,7 @@ void cfc(const F *r, const F *u, const F *dt, F *h, F *out, N B, N T, N C, N thr
 }
 """
 
-# %% ../nbs/44a_exactlm.ipynb #e91da3ab
+# %% ../nbs/44a_exactlm.ipynb #b7d88ef5
 _STORE_C = """
 typedef struct { const F *q, *kv, *turn; int16_t *K, *V; F *ku, *vu, *y; N B, T, H, G, S, cap, at, window, norm, threads; F scale, eps, most; } Look;
 static void turned(const Look *l, const F *x, N t, F *y) {
@@ -235,7 +235,7 @@ static void turned(const Look *l, const F *x, N t, F *y) {
 }
 """
 
-# %% ../nbs/44a_exactlm.ipynb #120a6019
+# %% ../nbs/44a_exactlm.ipynb #9f5c9071
 _KEEP_C = """
 static F coarse(const F *x, N n, F most, int16_t *q) {
   F p = grid(x, n), s = most/p;
@@ -254,7 +254,7 @@ static void store(const Look *l, N b, N g, N t) {
 }
 """
 
-# %% ../nbs/44a_exactlm.ipynb #c444555b
+# %% ../nbs/44a_exactlm.ipynb #79998213
 _DOT_C = """
 #ifdef __AVX2__
 static void dots(const int16_t *k, const int16_t *q, N S, I *o) {
@@ -274,7 +274,7 @@ static void mixed(const int16_t *v, const int16_t *w, N n, N S, I *o) {
 }
 """
 
-# %% ../nbs/44a_exactlm.ipynb #680e5482
+# %% ../nbs/44a_exactlm.ipynb #057063c6
 _SLOW_C = """
 #else
 static void dots(const int16_t *k, const int16_t *q, N S, I *o) {
@@ -287,7 +287,7 @@ static void mixed(const int16_t *v, const int16_t *w, N n, N S, I *o) {
 #endif
 """
 
-# %% ../nbs/44a_exactlm.ipynb #fb2af828
+# %% ../nbs/44a_exactlm.ipynb #5a5562f8
 _LOOK_C = """
 static F softmax(F *s, const F *vu, N base, N cap, N first, N last, N n, int16_t *w) {
   I best = -0x7fffffff; int64_t E = 0, W = 0;
@@ -305,7 +305,7 @@ static F softmax(F *s, const F *vu, N base, N cap, N first, N last, N n, int16_t
 }
 """
 
-# %% ../nbs/44a_exactlm.ipynb #a06c9abb
+# %% ../nbs/44a_exactlm.ipynb #2a15acdd
 _MIX_C = """
 static void look(const Look *l, N b, N h, N t) {
   N S = l->S, cap = l->cap, pos = l->at + t, lo = pos - l->window + 1, row = b*l->G + h/(l->H/l->G), base, n;
@@ -325,7 +325,7 @@ static void look(const Look *l, N b, N h, N t) {
 }
 """
 
-# %% ../nbs/44a_exactlm.ipynb #f6ed5a14
+# %% ../nbs/44a_exactlm.ipynb #1f038a69
 _ATTEND_C = """
 void attend(const Look *l) {
   #pragma omp parallel for num_threads(l->threads) if(l->threads > 1)
@@ -336,17 +336,17 @@ void attend(const Look *l) {
 }
 """
 
-# %% ../nbs/44a_exactlm.ipynb #6d1c6fb8
+# %% ../nbs/44a_exactlm.ipynb #7d8b70d6
 _EXACT_C = _BASE_C + _GRID_C + _EXP_C + _CFC_C + _ROW_C + _TILE_C + _PLAIN_C + _LINEAR_C + _JOB_C + _ALL_C + _STORE_C + _KEEP_C + _DOT_C + _SLOW_C + _LOOK_C + _MIX_C + _ATTEND_C
 
 def _fields(**kinds): return [(n, getattr(ctypes, f'c_{k}')) for k,names in kinds.items() for n in names.split()]
-class _Job(ctypes.Structure): _fields_ = _fields(void_p='x gain add scale bias w shift y', longlong='M K C deep square threads', float='most eps')
+class _Job(ctypes.Structure): _fields_ = _fields(void_p='x gain add scale bias w shift y', longlong='M K C deep square threads', double='eps', float='most')
 class _Look(ctypes.Structure):
     _fields_ = _fields(void_p='q kv turn K V ku vu y', longlong='B T H G S cap at window norm threads', float='scale eps most')
 
 def _at(t): return None if t is None else t.data_ptr()
 
-# %% ../nbs/44a_exactlm.ipynb #cf08e615
+# %% ../nbs/44a_exactlm.ipynb #97b9c96f
 _COMPILED = True
 
 @contextmanager
@@ -367,7 +367,7 @@ def _kernels(): # the library, or None: no compiler, or one that fuses
     lib.probe(*(ctypes.c_void_p(_at(t)) for t in (x, y)), ctypes.c_longlong(1000))
     return lib if torch.equal(y, want) else None
 
-# %% ../nbs/44a_exactlm.ipynb #3d6e38b9
+# %% ../nbs/44a_exactlm.ipynb #f14a9ff8
 @patch
 def _prepared(self:ExactLinear): # what the C code needs, made at the first call
     n, (rows, K), top = self.n, self.n.shape, int(self.n.abs().max())
@@ -390,7 +390,7 @@ def _compiled(self:ExactLinear, x, norm, square, add):
     _kernels().linear(ctypes.byref(j))
     return y
 
-# %% ../nbs/44a_exactlm.ipynb #360fab8d
+# %% ../nbs/44a_exactlm.ipynb #bb33cbd0
 EXACT = register_exact = Registry('exact layer') # class name of a layer -> class(layer, bits), `forward(x, norm, state, add) -> (y, state)`
 
 @register_exact('GQABlock')
@@ -407,7 +407,7 @@ class ExactGQA(nn.Module):
         y, state = (self._ring if ring else self._rows)(self.q(x, norm), self.kv(x, norm), state)
         return self.o(y, add=add), state
 
-# %% ../nbs/44a_exactlm.ipynb #1238e40f
+# %% ../nbs/44a_exactlm.ipynb #ca396e8c
 @patch
 def _rows(self:ExactGQA, q, kv, state): # the state: keys and values with their grids, the next position
     B, T, at = *q.shape[:2], state[2] if state else 0
@@ -422,7 +422,7 @@ def _rows(self:ExactGQA, q, kv, state): # the state: keys and values with their 
     keep = max(0, k[0].shape[2] - self.window + 1)
     return y.transpose(1, 2).flatten(2), (*(tuple(t[:, :, keep:] for t in pair) for pair in (k, v)), at + T)
 
-# %% ../nbs/44a_exactlm.ipynb #609fee88
+# %% ../nbs/44a_exactlm.ipynb #cd585ea6
 @patch
 def _ring(self:ExactGQA, q, kv, state): # the state: a list of rings and the position that they were written up to, the next position
     (B, T, _), G, S, cap = q.shape, self.kv_heads, self.size, -(-(self.window + 31)//16)*16
@@ -436,7 +436,7 @@ def _ring(self:ExactGQA, q, kv, state): # the state: a list of rings and the pos
     if state: state[0][-1] = at + T
     return y, (state[0] if state else [*rings, at + T], at + T)
 
-# %% ../nbs/44a_exactlm.ipynb #04336f1b
+# %% ../nbs/44a_exactlm.ipynb #a0fad351
 @register_exact('CfCBlock')
 class ExactCfC(nn.Module):
     "`CfCBlock` in canonical arithmetic"
@@ -450,7 +450,7 @@ class ExactCfC(nn.Module):
         h, y = (self._compiled if _library(x) else self._steps)(self.rate(x, norm), self.drive(x, norm), h)
         return self.out(y, add=add), h
 
-# %% ../nbs/44a_exactlm.ipynb #0fc2a93e
+# %% ../nbs/44a_exactlm.ipynb #8870b528
 @patch
 def _compiled(self:ExactCfC, r, u, h):
     y = torch.empty_like(r)
@@ -464,7 +464,7 @@ def _steps(self:ExactCfC, r, u, h):
     states = [h := k*h + b for k,b in zip(keep.unbind(1), (u*((1 - keep)/(rate + 1e-6))).unbind(1))]
     return h, torch.stack(states, 1) if states else r
 
-# %% ../nbs/44a_exactlm.ipynb #3ad4483b
+# %% ../nbs/44a_exactlm.ipynb #af576a8c
 @register_exact('MLP')
 class ExactMLP(nn.Module):
     "`MLP` in canonical arithmetic"
@@ -477,7 +477,7 @@ class ExactMLP(nn.Module):
         u, gate = self.up(x, norm).chunk(2, -1)
         return self.down(u*(gate*exact_sigmoid(gate)), add=add)
 
-# %% ../nbs/44a_exactlm.ipynb #c6bedc78
+# %% ../nbs/44a_exactlm.ipynb #6bd10cef
 @register_exact('RecursiveCore')
 class ExactRecursive(nn.Module):
     "`RecursiveCore` in canonical arithmetic"
@@ -494,7 +494,7 @@ class ExactRecursive(nn.Module):
             new.append(s)
         return (y + z if add is None else add + (y + z)), new
 
-# %% ../nbs/44a_exactlm.ipynb #5d38975e
+# %% ../nbs/44a_exactlm.ipynb #c669fdce
 def exact_layer(
     m:nn.Module,  # a mixer or an MLP
     bits:int = 8  # see `ExactLinear`
@@ -504,12 +504,12 @@ def exact_layer(
     if name in EXACT: return EXACT[name](m, bits)
     raise ValueError(f'{name} has no canonical form; only models of {", ".join(EXACT)} can predict the same bits everywhere')
 
-# %% ../nbs/44a_exactlm.ipynb #e3a9c2d8
+# %% ../nbs/44a_exactlm.ipynb #38e7e95f
 def _expm1_neg(x): # -expm1(x) = 1 - exp(x) for x <= 0
     near = -(x*_horner(x, *[1/n for n in (3628800., 362880., 40320., 5040., 720., 120., 24., 6., 2., 1.)]))
     return torch.where(x > -.5, near, 1 - exact_exp(x))
 
-# %% ../nbs/44a_exactlm.ipynb #c93ebe30
+# %% ../nbs/44a_exactlm.ipynb #e51fb457
 @register_exact('DampedOscillator')
 class ExactDamped(nn.Module):
     "`DampedOscillator` in canonical arithmetic"
@@ -530,7 +530,7 @@ class ExactDamped(nn.Module):
             steps.append(torch.stack([p, q], -1).flatten(-2))
         return self.out(torch.stack(steps, 1), add=add), torch.stack([p, q])
 
-# %% ../nbs/44a_exactlm.ipynb #e7e35bfe
+# %% ../nbs/44a_exactlm.ipynb #4608c99f
 def _dots(S, *vectors): # S [..., m, n] times vectors [..., n], each an exact sum rounded once -> [..., m, len(vectors)]
     (n, un), (v, uv) = power_grid(S, 2.**19), power_grid(torch.stack(vectors, -2), 2.**19)
     return (exact_product(n, v, 2.**52)*un)*uv.mT
@@ -539,7 +539,7 @@ def _length(x): # of vectors [..., n]
     q, u = power_grid(x, 8192.)
     return (q.double().square().sum(-1, keepdim=True).sqrt()*u.double()).float()
 
-# %% ../nbs/44a_exactlm.ipynb #9fbbb35f
+# %% ../nbs/44a_exactlm.ipynb #89d7feee
 def _pair(t): return t[..., 0::2], t[..., 1::2]
 
 @register_exact('DeltaMemory')
@@ -552,7 +552,7 @@ class ExactDelta(nn.Module):
         self.heads, self.size, self.strength, self.real = m.heads, m.size, m.strength, m.real
         for k in ('conv', 'fade', 'write'): self.register_buffer(k, getattr(m, k).detach().float())
 
-# %% ../nbs/44a_exactlm.ipynb #2c50c338
+# %% ../nbs/44a_exactlm.ipynb #2159bcb4
 @patch
 def _inputs(self:ExactDelta, x, norm, past): # -> q, k, v, [batch, time, heads, size], what is kept, strength [batch, time, heads, 1], past
     p, T = self.qkv(x, norm), x.shape[1]
@@ -564,7 +564,7 @@ def _inputs(self:ExactDelta, x, norm, past): # -> q, k, v, [batch, time, heads, 
     keep, b = exact_exp(-exact_softplus(c[:, :, 0] + self.fade)), exact_sigmoid(c[:, :, 1] + self.write)*self.strength
     return q, k/_length(k).clamp(min=1e-6), v, keep[..., None], b[..., None], seen[:, T:]
 
-# %% ../nbs/44a_exactlm.ipynb #70d4b439
+# %% ../nbs/44a_exactlm.ipynb #446c4c16
 @patch
 def _step(self:ExactDelta, S, q, k, v, keep, b): # the memory as one real matrix [batch, heads, m, n]; complex: real parts, then imaginary ones
     if self.real:
@@ -578,7 +578,7 @@ def _step(self:ExactDelta, S, q, k, v, keep, b): # the memory as one real matrix
     S = S + torch.cat([dr*kr + di*ki, di*kr - dr*ki], -1)
     return _dots(S, torch.cat([qr, -qi], -1), torch.cat([qi, qr], -1)).flatten(-2), S
 
-# %% ../nbs/44a_exactlm.ipynb #d563a967
+# %% ../nbs/44a_exactlm.ipynb #77ceb7e8
 @patch
 def forward(self:ExactDelta, x, norm=None, state=None, add=None):
     "As `DeltaMemory.forward`, token by token"
@@ -591,7 +591,7 @@ def forward(self:ExactDelta, x, norm=None, state=None, add=None):
         out.append(y)
     return self.out(exact_norm(torch.stack(out, 1), 1e-4).flatten(2), add=add), (S, past)
 
-# %% ../nbs/44a_exactlm.ipynb #00e6f4cd
+# %% ../nbs/44a_exactlm.ipynb #022340bb
 def _norm_of(m): return (_EPS if m.eps is None else m.eps, m.weight)
 
 class ExactLM(nn.Module):
@@ -611,7 +611,7 @@ class ExactLM(nn.Module):
         self.head = ExactLinear(lm.head, self.bits)
         self.requires_grad_(False)
 
-# %% ../nbs/44a_exactlm.ipynb #5b61c9e1
+# %% ../nbs/44a_exactlm.ipynb #337583f1
 @patch
 @torch.inference_mode()
 def forward(self:ExactLM,
