@@ -684,3 +684,23 @@ def _():
     return all(x < -e for x,e in d), 'against q2 and phase-2, on two texts each: ' + ', '.join(f'{x:+.3f} ± {e:.3f}' for x,e in d)
 
 claim('pi2nb', 'symbols used evenly score better than least error', 'open: 71', '72_benchmarks') # a pattern seen at one size
+
+# %% ../nbs/73_claims.ipynb #7ef5da88
+@claim('pi2nb', 'a 2-bit weight takes less than two bits of its file', 'holds', '50_q2bn 72h_containers')
+def _():
+    m = _runs('72h_containers.json', 'models')['q2']
+    ours, zstd = (m['containers'][k]['bits'] for k in ('Q2BN file', 'safetensors packed, zstd -22'))
+    return ours <= 1.93 and ours < zstd, f'{ours:.3f} bits, scales, tables and checksums counted; safetensors with zstd {zstd:.3f}; {m["weights"]:,} weights'
+
+@claim('pi2nb', 'a text and the model that codes it are smaller than what xz makes', 'does not hold', '51_coder')
+def _():
+    d = _runs('51_coder.json', 'texts')['The Tempest, held out']
+    both, model = d['stream'] + (size := _runs('51_coder.json', 'model')), d['stream']/d['xz']
+    return both < d['xz'], f'{model:.0%} of the bytes of xz without the model, {both/d["xz"]:.0f} times as many with its {size:,} bytes; one play'
+
+@claim('pi2nb', 'an exported GGUF gives the answers of the model', 'holds', '66_export')
+def _():
+    r = _runs('66_llamacpp.json', 'rows')
+    f, q, o = r['llama.cpp, F32'], r['llama.cpp, Q2_K'], r['ours']
+    return f['most'] < 1e-3 and f['text'] == q['text'] == o['text'], (f'llama.cpp, logits within {f["most"]:.0e} in float32; as Q2_K it rounds '
+            f'activations: the same choice {q["agree"]:.1%} of the time, {q["nats"]-o["nats"]:+.4f} nats a byte')
