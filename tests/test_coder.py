@@ -123,7 +123,7 @@ def test_cut_files_and_other_models_are_refused():
     with pytest.raises(ValueError, match='PI2C'): decompress(b'PK' + SMALL, LM0, TOK)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(45, len(SMALL)-5), st.binary(min_size=1, max_size=9))
 def test_forged_files_end_in_one_sentence(at, new):
     forged = bytearray(SMALL[:-4])
