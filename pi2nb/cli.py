@@ -7,7 +7,7 @@ __all__ = ['app', 'File', 'Data', 'Device', 'Seed', 'Model', 'Out', 'main', 'tra
            'quantize', 'export', 'compress', 'decompress']
 
 # %% ../nbs/70_cli.ipynb #c002
-import errno, shlex, sys
+import errno, os, shlex, sys
 from dataclasses import replace
 from math import gcd
 from pathlib import Path
@@ -26,16 +26,22 @@ Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', or another tor
 Seed = Annotated[int, typer.Option(help='of every choice that is left to chance', min=0, max=2**32-1)]
 
 # %% ../nbs/70_cli.ipynb #c007
+_OS = {errno.ENOSPC: 'the disk is full: free some space; what was saved before is intact',
+    errno.ENOENT: '{} does not exist; give another path',
+    errno.EISDIR: '{} is a folder; give a file',
+    errno.ENOTDIR: '{} is no folder; give another path',
+    **dict.fromkeys([errno.EACCES, errno.EPERM, errno.EROFS], '{} may not be read or written here; choose another path')}
+
+def _said(e): # an exception -> its sentence; what the system says of a path is put into words
+    if isinstance(e, (MemoryError, RuntimeError)): return 'not enough memory; make batch, context or dim smaller'
+    return _OS.get(getattr(e, 'errno', None), str(e)).replace('{}', str(getattr(e, 'filename', '')))
+
 def main():
     "The entry point of `pi2`: runs the application; 1 for a mistake, 2 for wrong usage, 130 for an interruption"
     try: app()
     except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as e:
-        known = {errno.ENOSPC: 'the disk is full: free some space; what was saved before is intact'}
-        text = known.get(getattr(e, 'errno', None), str(e))
-        if isinstance(e, MemoryError) or 'memory' in text:
-            text = 'not enough memory; make batch, context or dim smaller'
-        elif isinstance(e, RuntimeError): raise                       # a bug of ours: show it
-        print(f'pi2: {text}', file=sys.stderr)
+        if isinstance(e, RuntimeError) and 'memory' not in str(e): raise # a bug of ours: show it
+        print(f'pi2: {_said(e)}', file=sys.stderr)
         sys.exit(1)
 
 # %% ../nbs/70_cli.ipynb #c009
@@ -207,7 +213,7 @@ def generate(
 @app.command()
 def inspect(
     file:File,
-    limit:Annotated[Optional[int], typer.Option(help='bytes that are allowed, such as 16_000_000: does the file fit, and what would?')] = None
+    limit:Annotated[Optional[int], typer.Option(help='bytes that are allowed, such as 16_000_000: does the file fit, and what would?', min=0)] = None
 ):
     "Check a model file and print what is inside; with a limit, exit 1 if it does not fit."
     from pi2nb.q2bn import inspect_q2bn
@@ -228,6 +234,13 @@ def recipes():
         for size, shape in r.sizes.items():                            # counted without being filled
             with torch.device('meta'): lm = LM(r.config(**shape))
             print(f'  {size:6} {lm.n_params():11,} parameters  dim {lm.config.dim}, {lm.config.layout}')
+
+# %% ../nbs/70_cli.ipynb #a2b7f46f
+def _fresh(out): # ValueError, before any work, where nothing can be written or something would be lost
+    if out.exists(): raise ValueError(f'{out} exists; move it away or give another name with -o')
+    place = next(p for p in out.absolute().parents if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f'nothing can be written in {out.parent}; give another name with -o')
 
 # %% ../nbs/70_cli.ipynb #dcdb1243
 @app.command()
@@ -250,12 +263,14 @@ def quantize(
         from pi2nb.compensate import healing
     except ImportError as e: raise ImportError(f"{e}; run pip install 'pi2nb[pretrained]'") from None
     from pi2nb.corpus import load_corpus
+    _fresh(output)
     corpus = load_corpus(data) if data else None
     name = ', '.join([code, *[f'group={group}']*(group > 0), *['rotation=hadamard']*rotate])
     if steps: method = healing(method, steps)
-    print(quantize_source(source, output, name, None if embed_code == 'none' else embed_code, method, corpus and corpus.test,
-                          corpus and corpus.train, windows, tokenizer=tokenizer))
-    print(f'next      pi2 generate {output} --prompt "Once upon a time"')
+    print(report := quantize_source(source, output, name, None if embed_code == 'none' else embed_code, method, corpus and corpus.test,
+                                    corpus and corpus.train, windows, tokenizer=tokenizer))
+    print(f'next      pi2 generate {output} --prompt "Once upon a time"\n'
+          f'          pi2 eval {output} --data FILE --chunk {report.window} --stride {max(1, report.window//2)}   (it knows texts of {report.window:,} tokens)')
 
 # %% ../nbs/70_cli.ipynb #499b2581
 @app.command()
@@ -269,6 +284,7 @@ def export(
     kind = format or {'.gguf': 'gguf', '': 'huggingface'}.get(output.suffix)
     if kind not in ('gguf', 'huggingface'):
         raise ValueError(f'there is no way to write {format or output.name}; end --output in .gguf, name a folder, or give --format gguf or huggingface')
+    _fresh(output)
     from pi2nb.q2bn import load_model
     lm, tok, _ = load_model(file)
     try: from pi2nb.export import to_gguf, to_huggingface
@@ -296,7 +312,7 @@ def _through(work, file, out, model, device, **kw): # reads, works, writes; -> b
     from pi2nb.files import write_atomic
     from pi2nb.q2bn import load_model
     from pi2nb.train import pick_device
-    if out.exists(): raise ValueError(f'{out} exists; move it away or give another name with -o')
+    _fresh(out)
     data = file.read_bytes()
     lm, tok, _ = load_model(model, device=pick_device(device))
     write_atomic(out, new := work(data, lm, tok, **kw))

@@ -198,6 +198,7 @@ def _read_folder(path): # -> (config, {name: reader}, folder)
 
 # %% ../nbs/64a_llama.ipynb #126f5f8b
 def _tokenizer_at(place, bos): # a file, or a folder to look in -> tokenizer
+    if not place.exists(): raise ValueError(f'{place} does not exist; name another file or folder with --tokenizer')
     kinds = {'tokenizer.json': _of_json, 'tokenizer.model': _of_model, 'tokenizer.bin': None}
     found = [place] if place.is_file() else [f for n in kinds if (f := place/n).is_file()]
     if not found: raise ValueError(f'there is no tokenizer.json, tokenizer.model or tokenizer.bin in {place}; name one with --tokenizer')
@@ -255,7 +256,7 @@ def _fit(lm, code, layers): # ValueError if the groups of the code do not divide
     if code and code.group > 0 and any(c % code.group for c in cols):
         fits = [str(g) for g in (16, 32, 64, 128, 256) if not any(c % g for c in cols)]
         raise ValueError(f'groups of {code.group} do not divide rows of {" and ".join(map(str, cols))} weights; '
-                         f'choose {", ".join([*fits, "or 0 for whole rows"])}')
+                         f'choose {", ".join(fits)}{" or " if fits else ""}0 for whole rows')
 
 def quantize_lm(
     lm:LM,                # in float32; changed in place
@@ -286,6 +287,7 @@ class QuantizeReport:
     before:float|None  # nats per token, float32; None without data
     after:float|None   # nats per token, as the file holds it
     size:int           # bytes of the file
+    window:int         # tokens that the model was made to read at once
 
     def __str__(self):
         out = [f'{k:20} {t:4} tensors {n:13,} weights {8*b/n:6.3f} bits each' for k,t,n,b in self.held]
@@ -317,4 +319,4 @@ def quantize_source(
     after = score()
     about = dict(source=Path(path).name, method=method, nats_before=before, nats_after=after)
     size = save_model(lm, tok, out, dict(quantized={k: v for k,v in about.items() if v is not None}))
-    return QuantizeReport(params, lm.holdings(), sum(len(w) - 1 for w in held), sum(tok.n_bytes(w[1:]) for w in held), before, after, size)
+    return QuantizeReport(params, lm.holdings(), sum(len(w) - 1 for w in held), sum(tok.n_bytes(w[1:]) for w in held), before, after, size, lm.config.window)
