@@ -23,7 +23,8 @@ from .codebook import Codebook, Coded, matrix_shape
 from .gray import pack_symbols
 from .quantlinear import coded_state, load_coded_state, stored_parameters
 from .tokenizer import tokenizer_from_dict
-from .morphology import MorphTokenizer # so that a file may name it
+from .bpe import ByteBPETokenizer, ScoreTokenizer # so that a file may name them
+from .morphology import MorphTokenizer # and this one
 from .geode import parse_layout
 from .model import LM, LMConfig
 from . import __version__

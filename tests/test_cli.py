@@ -1,5 +1,5 @@
 "Mistakes at the command line: one sentence, exit 1, and nothing lost"
-import shlex, sys
+import shlex, subprocess, sys
 import pytest
 from pi2nb.cli import main
 
@@ -20,3 +20,9 @@ def test_one_sentence_and_nothing_lost(line, sentence, tmp_path, monkeypatch, ca
     out = capsys.readouterr()
     assert (e.value.code, out.out, out.err) == (1, '', f'pi2: {sentence}\n')
     assert (tmp_path/'taken').read_bytes() == b'mine' and sorted(p.name for p in tmp_path.iterdir()) == ['folder', 'taken']
+
+def test_a_new_process_knows_every_tokenizer():
+    "what `pi2 quantize` writes is read by commands that never import chapter 64a"
+    code = "import pi2nb.q2bn; from pi2nb.tokenizer import TOKENIZERS; print(*TOKENIZERS); import pi2nb.llama, pi2nb.compensate; print(*TOKENIZERS)"
+    alone, together = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert set(alone.split()) == set(together.split()) >= {'bytes', 'score', 'byte-bpe'}
