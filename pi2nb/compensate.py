@@ -127,14 +127,6 @@ def compensate(
         raise ValueError(f'{code.name} does not give its symbols back where scales differ so much; add held=float32 to the code')
     return Coded(code, z, s, tuple(w.shape))
 
-# %% ../nbs/64b_compensate.ipynb #0a9cf5f3
-def _even(bits, factor): # levels at odd halves
-    n = 2**(bits-1)
-    return Codebook(f'q{bits}', tuple(i+.5 for i in range(-n, n)), tuple(float(i) for i in range(1-n, n)),
-                    'rms', factor, held='bfloat16', doc=f'{2*n} even levels, least error on a bell curve')
-
-for _c in (_even(3, .586), _even(4, .3352)): CODES(_c.name)(_c)
-
 # %% ../nbs/64b_compensate.ipynb #b2c4a1c2
 class _Halt(Exception): "Enough was seen of this call"
 

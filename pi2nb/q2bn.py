@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from .files import write_atomic
 from .entropy import group_symbols, ungroup_symbols
 from .streams import byte_planes, fetch_stream, join_planes, squeeze, store_streams, table_arrays, unsqueeze
-from .codebook import Codebook, Coded, matrix_shape
+from .codebook import CODES, Codebook, Coded, matrix_shape
 from .gray import pack_symbols
 from .quantlinear import coded_state, load_coded_state, stored_parameters
 from .tokenizer import tokenizer_from_dict
