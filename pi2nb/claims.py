@@ -35,6 +35,7 @@ from .corpus import load_corpus
 from .governor import TrainingGovernor
 from .train import Trainer, configure, resume
 from .benchmarks import at_best_rate, read_runs
+from .bytes import score_at
 
 # %% ../nbs/73_claims.ipynb #bd97edb0
 DOCUMENTS = {'π/2 training': 'The π/2 training document', 'π/2 quantisation': 'The π/2 quantisation document',
@@ -704,3 +705,19 @@ def _():
     f, q, o = r['llama.cpp, F32'], r['llama.cpp, Q2_K'], r['ours']
     return f['most'] < 1e-3 and f['text'] == q['text'] == o['text'], (f'llama.cpp, logits within {f["most"]:.0e} in float32; as Q2_K it rounds '
             f'activations: the same choice {q["agree"]:.1%} of the time, {q["nats"]-o["nats"]:+.4f} nats a byte')
+
+# %% ../nbs/73_claims.ipynb #cfd5f308
+@claim('pi2nb', 'two bits are the best use of the bytes of a file', 'does not hold', '72g_bytes')
+def _():
+    by = {}
+    for r in read_runs(_record('72g_bytes.json')).values(): by.setdefault((r['asked']['code'], r['asked']['dim']), []).append((r['bytes'], r['test_bpb']))
+    def at(code, size): return score_at(*zip(*([mean(x) for x in zip(*by[code, d])] for d in (48, 80, 128))), size)
+    behind = {n: at('q2', n) - at('int4', n) for n in (60_000, 150_000)}
+    return all(x <= 0 for x in behind.values()), 'bits per byte behind four bits: ' + ', '.join(f'{x:.3f} at {n:,} bytes' for n,x in behind.items())
+
+@claim('pi2nb', 'a pretrained model takes two bits without training and without loss', 'does not hold', '64b_compensate')
+def _():
+    rows = [(r['code'], math.exp(mean(r['nats'][:8]))) for r in _runs('64b_smollm2.json', 'rows') if not r['healed']]
+    whole, two = (min(p for c,p in rows if c == k) for k in ('float32', 'q2-hadamard, group=64'))
+    near = _runs('64_rounding.json', 'models')['SmolLM2-135M-Instruct']['rows']['q2-hadamard | group | blocks']['ppl']
+    return two < 1.01*whole, f'perplexity {two:.0f}, errors compensated, where the model as it came has {whole:.0f}; at the nearest level {near:,.0f}'

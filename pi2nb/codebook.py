@@ -255,6 +255,14 @@ _add(Codebook('binary', (-1., 1.), (0.,), 'absmean', **_BF, doc='sign times mean
 _add(*(_grid(f'int{b}', 2**(b-1)-1, 'rms', f, **_BF, doc=f'{2**b-1} integers with the least error on a bell curve')
        for b,f in ((3, .6508), (4, .3534), (5, .19325))))
 
+# %% ../nbs/10_codebook.ipynb #08642f7a
+def _even(bits, factor): # evenly spaced levels at odd halves, cuts half-way
+    n = 2**(bits-1)
+    return Codebook(f'q{bits}', tuple(i+.5 for i in range(-n, n)), tuple(float(i) for i in range(1-n, n)), 'rms', factor, **_BF,
+                    doc=f'{2*n} even levels, least error on a bell curve')
+
+_add(_even(3, .586), _even(4, .3352))
+
 # %% ../nbs/10_codebook.ipynb #c115
 _add(*(_grid(f'pi2-{b}', 2**(b-1)-1, *(('mse', 1.) if b < 6 else ('absmax', 2/pi/(2**(b-1)-1))), unit=pi/2, **_BF,
              doc=f'{2**b-1} integers times π/2') for b in (2, 3, 4, 5, 6, 8)))

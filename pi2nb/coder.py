@@ -70,9 +70,6 @@ class RansReader:
 
     def done(self): return int(self.x[0]) == _LOW and int(self.at[0]) == len(self.words)
 
-# %% ../nbs/51_coder.ipynb #5c89a092
-#| exports
-
 # %% ../nbs/51_coder.ipynb #c6a483c4
 @patch
 def pop(self:RansReader,

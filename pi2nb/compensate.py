@@ -11,7 +11,7 @@ from copy import deepcopy
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .codebook import CODES, Codebook, Coded, hold, _search, _shorten, _TINY
+from .codebook import Codebook, Coded, hold, _search, _shorten, _TINY
 from .quantlinear import coded_state, load_coded_state
 from .packed import PackedWeight, pack_model
 from .llama import METHODS, block_matrices, put_coded, register_method

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from .files import write_atomic
 from .entropy import group_symbols, ungroup_symbols
 from .streams import byte_planes, fetch_stream, join_planes, squeeze, store_streams, table_arrays, unsqueeze
-from .codebook import CODES, Codebook, Coded, matrix_shape
+from .codebook import Codebook, Coded, matrix_shape
 from .gray import pack_symbols
 from .quantlinear import coded_state, load_coded_state, stored_parameters
 from .tokenizer import tokenizer_from_dict
@@ -652,8 +652,10 @@ def _check_fit(lm, state): # does this (weightless) model have the names, shapes
 # %% ../nbs/50_q2bn.ipynb #c068
 class _Unfilled(TorchFunctionMode): # within it no weight is filled with random numbers: they come from the file
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return (*args, *kwargs.values())[0] if getattr(func, '__name__', '') in ('normal_', 'uniform_') else func(*args, **kwargs)
+        kwargs, name = kwargs or {}, getattr(func, '__name__', '')
+        if name in ('normal_', 'uniform_'): return (*args, *kwargs.values())[0]
+        if name in ('arange', 'linspace', 'logspace') and max(args) < 2**20: kwargs = dict(device='cpu') | kwargs # sums on 'meta' would import a compiler
+        return func(*args, **kwargs)
 
 def _model_of(state, meta): # -> the model, its weights not yet filled; the tokenizer
     try:
