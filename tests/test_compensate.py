@@ -175,6 +175,7 @@ def test_the_command_compensates_turns_and_heals(tmp_path, monkeypatch, capsys):
     assert 'q3, group=16, rotation=hadamard' in capsys.readouterr().out
     lm, _, meta = load_model(out)
     assert meta['quantized']['method'] == 'compensate, heal=2' and lm.blocks[0].mixer.q.code.rotation == 'hadamard'
+    out.unlink()
     monkeypatch.setattr('sys.argv', words)
     with pytest.raises(SystemExit) as e: main()
     assert e.value.code == 1 and 'looks at data' in capsys.readouterr().err
