@@ -188,7 +188,7 @@ def test_a_rounded_model_is_its_file(tmp_path, code, embed, tied):
 def test_groups_and_names_that_do_not_fit(tmp_path):
     lm, _ = read_source(folder_of(tmp_path, llama()))
     before = answers(lm)
-    for args, says in ((('q2, group=64',), 'rows of 32 and 48 weights; choose 16, or 0 for whole rows'), (('q9',), "unknown code 'q9'"), (('q2', 'q9'), "unknown code"),
+    for args, says in ((('q2, group=64',), 'rows of 32 and 48 weights; choose 16 or 0 for whole rows'), (('q9',), "unknown code 'q9'"), (('q2', 'q9'), "unknown code"),
                        (('q2', 'int8', 'wish'), "unknown method 'wish'"), (('q2', 'int8, group=24'), 'do not divide rows of 32 weights')):
         with pytest.raises(ValueError, match=says): quantize_lm(lm, *args)
     assert torch.equal(answers(lm), before), 'a refusal leaves the model as it was'
