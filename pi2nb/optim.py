@@ -232,8 +232,8 @@ def _normalised(self:IntegerRule, g, st, clip): # gradient, int32 -> 256 times g
 
 @patch
 def _follow(self:IntegerRule, st, bits): # keep the mean gradient near 2^12, so that nothing overflows and little is rounded
-    b = st['exponent'] - min(max(st['exponent'] + 20 - bits, -59), 59)
-    if abs(b) < 2: return
+    b = bits - 20
+    if abs(b) < 2 or not -60 < st['exponent'] - b < 60: return
     st['exponent'] -= b
     if not 12 <= bits <= 27: del st['means']                           # far off: these means are worth nothing
     else:
