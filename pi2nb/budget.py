@@ -85,8 +85,7 @@ def _advice(r, limit):
     for c in _NARROW['outer']: yield f'embedding and head in {c}', size_in_code(r, c, True)
     for c in _NARROW['inner']: yield f'matrices in {c}', size_in_code(r, c, False)
     blocks = max(map(_block, r.state), default=-1) + 1
-    fits = next((n for n in range(blocks-1, 0, -1) if size_in_blocks(r, n) <= limit), None)
-    if fits: yield f'{fits} of {blocks} blocks', size_in_blocks(r, fits)
+    yield from next(([(f'{n} of {blocks} blocks', size)] for n in range(blocks-1, 0, -1) if (size := size_in_blocks(r, n)) <= limit), [])
     dims = range(r.meta.get('config', {}).get('dim', 0)-1, 0, -1)
     yield from next(([(f'dim {d} instead of {dims.start+1}', n)] for d in dims if (n := size_in_dim(r, d)) and n <= limit), [])
 

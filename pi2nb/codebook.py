@@ -130,7 +130,7 @@ def _least_squares(x, code): # in pieces that stay in the cache
     n, g = x.shape[0]*x.shape[1], x.shape[2]
     return torch.cat([_search(p, code) for p in x.reshape(n, g).split(max(1, 2**16//g))]).view(x.shape[:2])
 
-def _search(x, code, cost=1.): # [n, g], what an error costs in each place [g] -> [n]: scales from one that clips nothing to one that clips most, then refine
+def _search(x, code, cost=None): # [n, g], what an error costs in each place [g] -> [n]: scales from one that clips nothing to one that clips most, then refine
     most = max(map(abs, code.levels))
     top = x.abs().amax(-1, keepdim=True).clamp(min=_TINY)/most
     low = x.square().mean(-1, keepdim=True).sqrt().clamp(min=_TINY)/most/2
@@ -138,9 +138,10 @@ def _search(x, code, cost=1.): # [n, g], what an error costs in each place [g] -
     err, best = torch.full_like(top, inf), top
     for i in range(25):
         s = top**(1-i/24)*low**(i/24)
-        e = (at(s)*s).sub_(x).square_().mul_(cost).sum(-1, keepdim=True)
+        e = (at(s)*s).sub_(x).square_()
+        e = (e if cost is None else e.mul_(cost)).sum(-1, keepdim=True)
         err, best = torch.minimum(e, err), torch.where(e < err, s, best)
-    v = at(best)
+    v, cost = at(best), 1. if cost is None else cost
     return torch.where(v.any(-1), (v*x*cost).sum(-1)/(v.square()*cost).sum(-1), best[:, 0])
 
 _RULES = dict(rms=lambda x, code: code.factor*x.square().mean(-1).sqrt(), mse=_least_squares,

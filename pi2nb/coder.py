@@ -345,7 +345,15 @@ class Proof:
     @property
     def holds(self): return self.same and (self.coded - self.score)*self.bytes < .001*self.score*self.bytes + 64 # bits of the state
 
+# %% ../nbs/51_coder.ipynb #b88865b6
 @torch.inference_mode()
+def _lane_nats(lm, tok, ids, progress=None): # what the tokens cost, each lane read from a fresh start
+    nats = 0.
+    for logits, want, counts in _steps(lm, tok, ids):
+        nats += F.cross_entropy(logits[counts].double(), want[counts], reduction='sum').item()
+        if progress: progress(int(counts.sum()))
+    return nats
+
 def prove(
     lm,           # an `LM`, frozen
     tok,          # its tokenizer
@@ -355,10 +363,7 @@ def prove(
     "Code, decode and score a text; raises ValueError on an empty text and on one that the tokenizer changes"
     ids = tok.encode(data)
     if not 0 < len(data) <= _BLOCK or tok.decode(ids) != data: raise ValueError('a proof needs 1 byte to 16 MiB of text that the tokenizer gives back unchanged')
-    exact, nats = ExactLM(lm), 0.
+    exact = ExactLM(lm)
     stream = encode_tokens(exact, tok, ids, progress)
     back = tok.decode(decode_tokens(exact, tok, stream, len(ids), progress=progress))
-    for logits, want, counts in _steps(lm, tok, ids):
-        nats += F.cross_entropy(logits[counts].double(), want[counts], reduction='sum').item()
-        if progress: progress(int(counts.sum()))
-    return Proof(back == data, 8*len(stream)/len(data), nats/log(2)/len(data), _cut(len(ids))[0], len(data))
+    return Proof(back == data, 8*len(stream)/len(data), _lane_nats(lm, tok, ids, progress)/log(2)/len(data), _cut(len(ids))[0], len(data))

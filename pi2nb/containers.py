@@ -12,6 +12,7 @@ from statistics import median
 import gguf, numpy as np, safetensors.torch, torch, zstandard
 from .registry import Registry
 from .entropy import entropy, frequencies, group_symbols, rans_decode, rans_encode, ungroup_symbols
+from .streams import byte_planes, join_planes
 from .codebook import Coded
 from .q2bn import q2bn_bytes, q2bn_parse, read_q2bn
 from .export import gguf_blocks
@@ -64,10 +65,10 @@ def _(coded): return len(b := _zstd(safetensors.torch.save(_packed(coded)))), _u
 
 # %% ../nbs/72h_containers.ipynb #005485c8
 def _planes(coded): # the scales of all matrices -> uint8 [2, scales]
-    return np.concatenate([v.s.numpy().ravel() for v in coded.values()]).astype('<f2').view(np.uint8).reshape(-1, 2).T.copy()
+    return np.stack(byte_planes(np.concatenate([v.s.numpy().ravel() for v in coded.values()])))
 
 def _from(coded, groups, planes): # groups of every matrix, planes of all scales -> the weights
-    s, out = torch.from_numpy(planes.T.copy().view('<f2').ravel()), {}
+    s, out = torch.from_numpy(join_planes(planes, 'float16')), {}
     for (k,v),b in zip(coded.items(), groups):
         z = torch.from_numpy(ungroup_symbols(b, v.z.numel(), len(v.code.levels))).view(v.z.shape)
         out[k], s = Coded(v.code, z, s[:v.s.numel()].view(v.s.shape), v.shape).decode(), s[v.s.numel():]

@@ -20,7 +20,7 @@ from .quantlinear import QuantLinear
 from .bpe import SPLITS, ByteBPETokenizer, ScoreTokenizer
 from .model import LM, LMConfig
 from .q2bn import save_model
-from .pretrained import _gguf_reader, cut_windows, load_gguf, load_llama2c, next_token_nats
+from .pretrained import _gguf_model, _gguf_reader, cut_windows, load_llama2c, next_token_nats
 
 # %% ../nbs/64a_llama.ipynb #1916df37
 def _refuse(name, c): # ValueError about the first setting of a config.json that our model cannot represent
@@ -212,13 +212,14 @@ def read_source(
     "A Llama as one of our models; raises FileNotFoundError, or ValueError on anything that cannot be represented exactly"
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'there is no {path}; give a folder or file that holds a model')
-    if path.suffix in ('.gguf', '.bin') and path.is_file():
-        model = (load_gguf if path.suffix == '.gguf' else load_llama2c)(path)
-        config, parts, place = model.config.to_dict(), {n: dict(model.named_parameters()).get for n,_ in model.named_parameters()}, path.parent
+    reader = _gguf_reader(path) if path.suffix == '.gguf' else None
+    if reader or path.suffix == '.bin' and path.is_file():
+        model = _gguf_model(reader, path.name) if reader else load_llama2c(path)
+        named = dict(model.named_parameters())
+        config, parts, place = model.config.to_dict(), dict.fromkeys(named, named.get), path.parent
     else: config, parts, place = _read_folder(path)
     shape, bos = llama_shape(config, path.name), config.get('bos_token_id', config.get('eos_token_id'))
-    if tokenizer or path.suffix != '.gguf': tok = _tokenizer_at(Path(tokenizer or place), bos)
-    else: tok = _of_gguf(_gguf_reader(path), path.name)
+    tok = _of_gguf(reader, path.name) if reader and not tokenizer else _tokenizer_at(Path(tokenizer or place), bos)
     return build_llama(shape, parts, lambda n: parts[n](n), tok.vocab_size, path.name), tok
 
 # %% ../nbs/64a_llama.ipynb #cf8ff61c

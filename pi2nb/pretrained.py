@@ -98,24 +98,26 @@ def _gguf_sizes(reader, name): # -> arguments of LlamaConfig
     return sizes | dict(rope_theta=ask('llama.rope.freq_base', 1e4), bos_token_id=1, eos_token_id=2)
 
 # %% ../nbs/64_pretrained.ipynb #c025
+def _gguf_model(reader, name): # an open file, and how messages call it -> LlamaForCausalLM
+    sizes, stored = _gguf_sizes(reader, name), {t.name: t for t in reader.tensors}
+    names = _names(sizes['num_hidden_layers'])
+    tied = 'output.weight' not in stored
+    if not tied: names['lm_head.weight'] = 'output.weight'
+    if odd := sorted(stored.keys() ^ set(names.values())):
+        raise ValueError(f'{name} is not a plain Llama: the tensor {odd[0]} is missing or has no place; give one')
+    vocab = int(stored['token_embd.weight'].shape[1])
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, tie_word_embeddings=tied, **sizes)).eval()
+    for k, g in names.items():
+        w = gguf.dequantize(stored[g].data, stored[g].tensor_type)
+        _place(model, k, torch.from_numpy(np.array(w)))
+    return model
+
 def load_gguf(
     path:str|Path # a GGUF file that holds a plain Llama, its weights in any of the format's types
 ) -> LlamaForCausalLM: # in evaluation mode, float32
     "Read a Llama from a GGUF file; raises FileNotFoundError, or ValueError if it is damaged or something else"
     path = Path(path)
-    reader = _gguf_reader(path)
-    sizes, stored = _gguf_sizes(reader, path.name), {t.name: t for t in reader.tensors}
-    names = _names(sizes['num_hidden_layers'])
-    tied = 'output.weight' not in stored
-    if not tied: names['lm_head.weight'] = 'output.weight'
-    if odd := sorted(stored.keys() ^ set(names.values())):
-        raise ValueError(f'{path.name} is not a plain Llama: the tensor {odd[0]} is missing or has no place; give one')
-    vocab = int(stored['token_embd.weight'].shape[1])
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, tie_word_embeddings=tied, **sizes)).eval()
-    for name, g in names.items():
-        w = gguf.dequantize(stored[g].data, stored[g].tensor_type)
-        _place(model, name, torch.from_numpy(np.array(w)))
-    return model
+    return _gguf_model(_gguf_reader(path), path.name)
 
 # %% ../nbs/64_pretrained.ipynb #c029
 def min_max(

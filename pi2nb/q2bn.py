@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['V2_LEVELS', 'Q2BNError', 'v2_codebook', 'v2_bytes', 'Record', 'v2_parse', 'decode_state', 'q2bn_bytes', 'q2bn_parse',
-           'write_v2', 'read_v2', 'write_q2bn', 'read_q2bn', 'pack_state_dict', 'unpack_state_dict', 'identity',
+           'write_v2', 'read_v2', 'pack_state_dict', 'unpack_state_dict', 'write_q2bn', 'read_q2bn', 'identity',
            'FileReport', 'inspect_q2bn', 'save_model', 'load_model']
 
 # %% ../nbs/50_q2bn.ipynb #c002
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from fastcore.basics import patch
 from .files import write_atomic
-from .entropy import group_symbols, ungroup_symbols
+from .entropy import group_symbols, ungroup_symbols, _digits
 from .streams import byte_planes, fetch_stream, join_planes, squeeze, store_streams, table_arrays, unsqueeze
 from .codebook import Codebook, Coded, matrix_shape
 from .gray import pack_symbols
@@ -390,7 +390,7 @@ def _value(name, kind, shape, ref, d, books, before, tensor): # -> Record; tenso
 # %% ../nbs/50_q2bn.ipynb #11362d69
 def _parts(how, shape): # stream and plain bytes of every stream
     if not isinstance(how, Codebook): return [('values', prod(shape))]*how.itemsize
-    return [('scales', prod(how.scale_shape(*matrix_shape(shape))))]*2 + [('symbols', -(-prod(shape)//max(k for k in range(1, 9) if len(how.levels)**k <= 256)))]
+    return [('scales', prod(how.scale_shape(*matrix_shape(shape))))]*2 + [('symbols', -(-prod(shape)//_digits(len(how.levels))[0]))]
 
 def _stored(name, how, shape, d, tables): # cursor over stream heads and streams -> Record
     parts, sizes, out = _parts(how, shape), {}, []
@@ -489,20 +489,6 @@ def read_v2(
     "Read a Q2BN version 2 file; raises FileNotFoundError, or Q2BNError (a ValueError) on damage"
     return _read(path, lambda b: v2_parse(b, levels))
 
-def write_q2bn(
-    path,           # where to write
-    state:dict,     # name -> `Coded`, float32 or float16 tensor, or the name (str) of an earlier tensor
-    meta:dict=None  # plain data that JSON can hold
-) -> int:           # bytes written
-    "Write a version 4 file, atomically; raises Q2BNError (a ValueError) on what no reader would accept"
-    return _write(path, q2bn_bytes(state, meta), q2bn_parse)
-
-def read_q2bn(
-    path    # a version 3 or 4 file
-) -> tuple: # (state, meta)
-    "Read a version 3 or 4 file; raises FileNotFoundError, or Q2BNError (a ValueError) on damage"
-    return _read(path, q2bn_parse)
-
 def pack_state_dict(
     state_dict:dict, # name -> tensor
     out_path         # where to write
@@ -516,6 +502,21 @@ def unpack_state_dict(
 ) -> dict:       # name -> float32 tensor
     "The Q2 document's name for `read_v2` with the levels of its code, decoded"
     return decode_state(read_v2(in_path), device)
+
+# %% ../nbs/50_q2bn.ipynb #0552ac4a
+def write_q2bn(
+    path,           # where to write
+    state:dict,     # name -> `Coded`, float32 or float16 tensor, or the name (str) of an earlier tensor
+    meta:dict=None  # plain data that JSON can hold
+) -> int:           # bytes written
+    "Write a version 4 file, atomically; raises Q2BNError (a ValueError) on what no reader would accept"
+    return _write(path, q2bn_bytes(state, meta), q2bn_parse)
+
+def read_q2bn(
+    path    # a version 3 or 4 file
+) -> tuple: # (state, meta)
+    "Read a version 3 or 4 file; raises FileNotFoundError, or Q2BNError (a ValueError) on damage"
+    return _read(path, q2bn_parse)
 
 # %% ../nbs/50_q2bn.ipynb #538fe94b
 _DEFAULTS = {f.name: f.default for f in fields(LMConfig) if f.default is not MISSING}

@@ -18,7 +18,7 @@ from .memory import SlotMemory
 from .delta import DeltaMemory
 from .model import LM, LMConfig
 from .optim import make_optimizers, set_rate, trapezoid
-from .benchmarks import write_record
+from .files import write_record
 
 # %% ../nbs/72c_recall.ipynb #c007
 def recall_task(
