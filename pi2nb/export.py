@@ -153,7 +153,7 @@ def _pairs(tok): # a tokenizer of bytes or byte-level pairs -> its settings, the
 def _words_pairs(tok):
     d, pieces = _pairs(tok)
     special, m = set(d['specials']), [_spelt(pieces[i]) for i in d['merges']]
-    return dict(model='gpt2', pre=next(k for k,v in _PRE.items() if v == d['split']),
+    return dict(model='gpt2', pre=next((k for k,v in _PRE.items() if v == d['split']), None),
                 tokens=[p.decode() if i in special else _spelt(p) for i,p in enumerate(pieces)],
                 token_type=[3 if i in special else 1 if p else 5 for i,p in enumerate(pieces)],
                 merges=[f'{a} {b}' for a,b in zip(m[::2], m[1::2])])
@@ -235,6 +235,7 @@ class _Writer(gguf.GGUFWriter):
 
 def _gguf_settings(w, c, words): # GGUFWriter, LMConfig, entries of the vocabulary
     s = _sizes(c)
+    if words.get('pre', '') is None: raise ValueError('llama.cpp has no name for the way this tokenizer cuts words; export to a folder for transformers')
     for k,g in _SIZES.items(): w.add_key_value(f'llama.{g}', s[k], _KIND[type(s[k])])
     w.add_rope_dimension_count(c.dim//c.heads)
     w.add_rope_freq_base(c.rope_base)
@@ -275,7 +276,7 @@ def _short(t): # numbers as bfloat16 if that loses nothing
     x = torch.from_numpy(_numbers(t)).contiguous()
     return b if torch.equal((b := x.bfloat16()).float(), x) else x
 
-_CUTS = {'gpt-2': [], 'smollm': [dict(type='Digits', individual_digits=True)],
+_CUTS = {'gpt-2': [], 'none': [], 'smollm': [dict(type='Digits', individual_digits=True)],
          'llama-3': [dict(type='Split', pattern=dict(Regex=SPLITS['llama-3'][0]), behavior='Isolated', invert=False)]}
 
 def _json_words(vocab, merges, names, cut, norm, back, **more): # `tokenizer.json` of the library tokenizers
@@ -286,7 +287,7 @@ def _json_words(vocab, merges, names, cut, norm, back, **more): # `tokenizer.jso
 
 def _pairs_json(tok):
     (d, pieces), w = _pairs(tok), _words(tok, tok.vocab_size)
-    level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=d['split'] != 'llama-3')
+    level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=d['split'] not in ('llama-3', 'none'))
     cut = dict(type='Sequence', pretokenizers=[*_CUTS[d['split']], level]) if _CUTS[d['split']] else level
     return _json_words(w['tokens'], [m.split(' ') for m in w['merges']], d['specials'], cut, None, level, ignore_merges=d['whole'])
 
