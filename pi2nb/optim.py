@@ -10,8 +10,10 @@ __all__ = ['OPTIMIZERS', 'register_optimizer', 'newton_schulz', 'Muon', 'split_p
 # %% ../nbs/60_optim.ipynb #c002
 from functools import lru_cache
 from math import isqrt
+from inspect import signature
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -25,13 +27,13 @@ def newton_schulz(
     steps:int = 3  # iterations; 3 suffice for low-bit training, 5 reach smaller directions
 ) -> Tensor:       # [..., rows, cols], singular values near 1
     "Orthogonalise by the quintic Newton–Schulz iteration (Jordan et al. 2024), in the dtype of `g`"
-    tall = g.shape[-2] > g.shape[-1]
-    x = g.mT if tall else g
+    x = g.reshape(-1, *g.shape[-2:])
+    if tall := g.shape[-2] > g.shape[-1]: x = x.mT
     x = x/(x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         m = x@x.mT
-        x = 3.4445*x + (-4.7750*m + 2.0315*m@m)@x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(m, m, m, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).reshape(g.shape)
 
 # %% ../nbs/60_optim.ipynb #c014
 class Muon(torch.optim.Optimizer):
@@ -41,19 +43,29 @@ class Muon(torch.optim.Optimizer):
         lr:float = .02,         # size of a step, in units of an orthogonal matrix
         momentum:float = .95,   # of the running mean of gradients; the Nesterov form is used
         steps:int = 3,          # Newton–Schulz iterations
-        dtype = torch.float32   # the iterations run in this dtype; bfloat16 where the hardware likes it
+        dtype = torch.float32,  # the iterations run in this dtype; bfloat16 where the hardware likes it
+        rows:float = 0.         # above 0: even out the rows, with a running mean of this memory (NorMuon, arXiv 2510.05491)
     ):
-        super().__init__(params, dict(lr=lr, momentum=momentum, steps=steps, dtype=dtype))
+        super().__init__(params, dict(lr=lr, momentum=momentum, steps=steps, dtype=dtype, rows=rows))
         if any(p.ndim != 2 for gr in self.param_groups for p in gr['params']):
             raise ValueError('Muon takes matrices only; give vectors and embeddings to AdamW')
 
 # %% ../nbs/60_optim.ipynb #c015
+def _evened(u, seen, memory): # rows of an update over their running root mean square; the norm of the whole stays
+    seen.lerp_(u.square().mean(1, keepdim=True), 1-memory)
+    v = u*seen.clamp(min=1e-12).rsqrt()
+    return v*(u.norm()/v.norm().clamp(min=1e-12))
+
 @patch
 def _apply(self:Muon, items, gr): # matrices of one shape: one batched iteration, then a step each
     us = newton_schulz(torch.stack([u for _,u,_ in items]).to(gr['dtype']), gr['steps'])
     for (p, _, tall), u in zip(items, us):
-        p.add_((u.T if tall else u).to(p.dtype), alpha=-gr['lr']*max(1, p.shape[0]/p.shape[1])**.5)
+        u = (u.T if tall else u).to(p.dtype)
+        if gr['rows']: u = _evened(u, self.state[p].setdefault('rows', u.new_zeros(len(u), 1)), gr['rows'])
+        if isinstance(p, DTensor): u = distribute_tensor(u.contiguous(), p.device_mesh, p.placements)  # this worker's part of it
+        p.add_(u, alpha=-gr['lr']*max(1, p.shape[0]/p.shape[1])**.5)
 
+# %% ../nbs/60_optim.ipynb #2c13cb7b
 @patch
 @torch.no_grad()
 def step(self:Muon):
@@ -65,9 +77,12 @@ def step(self:Muon):
             buf = self.state[p].setdefault('momentum', torch.zeros_like(p))
             buf.lerp_(p.grad, 1-gr['momentum'])
             u = p.grad.lerp(buf, gr['momentum'])
+            if isinstance(u, DTensor): u = u.full_tensor()             # a direction needs the whole matrix
             tall = p.shape[0] > p.shape[1]
             stacks.setdefault(tuple(sorted(p.shape)), []).append((p, u.T if tall else u, tall))
-        for items in stacks.values(): self._apply(items, gr)
+        for (r, c), items in stacks.items():
+            n = max(1, (2**18 if items[0][0].device.type == 'cpu' else 2**28)//(r*c)) # a stack that leaves a processor's cache is slower
+            for i in range(0, len(items), n): self._apply(items[i:i+n], gr)
 
 # %% ../nbs/60_optim.ipynb #c019
 def split_params(
@@ -83,30 +98,58 @@ def split_params(
 def _groups(lr, rest_lr, mats, rest, **kw): # parameter groups that are not empty
     return [g for g in (dict(params=mats, lr=lr, **kw), dict(params=rest, lr=rest_lr)) if g['params']]
 
+def _kind(m, name): # what a rate can be named after: a table, the head, the code of a matrix, or 'vectors'
+    if name != 'weight' or m.weight.ndim < 2: return 'vectors'
+    if isinstance(m, nn.Embedding): return 'embed'
+    return 'head' if getattr(m, 'is_head', False) else getattr(getattr(m, 'code', None), 'name', 'float32')
+
 # %% ../nbs/60_optim.ipynb #k6c301ef
 OPTIMIZERS = register_optimizer = Registry('optimizer') # functions (model, lr, rest_lr, dtype) -> list of optimizers to step in turn
 
 # %% ../nbs/60_optim.ipynb #q001
+def _rated(groups, model, rates): # groups split by what their parameters are, each with its factor on the rate
+    kinds = {}
+    for m in model.modules():
+        for name, p in m._parameters.items():
+            if p is not None: kinds.setdefault(id(p), _kind(m, name))
+    if odd := sorted(rates.keys() - set(kinds.values())):
+        raise ValueError(f'nothing in this model is called {odd[0]!r}; a factor can be given for {", ".join(sorted(set(kinds.values())))}')
+    return [gr | dict(params=ps, lr=gr['lr']*f) for gr in groups for f in sorted({1., *rates.values()})
+            if (ps := [p for p in gr['params'] if rates.get(kinds[id(p)], 1.) == f])]
+
 @register_optimizer('muon')
-def _muon(model, lr, rest_lr, dtype):
-    mats, rest = split_params(model)
-    opts = [Muon(mats, lr, dtype=dtype)] if mats else []
+def _muon(model, lr, rest_lr, dtype, *, momentum=.95, steps=3, rows=0., **rates):
+    mats, rest = (_rated(_groups(r, r, ps, []), model, rates) for r,ps in zip((lr, rest_lr), split_params(model)))
+    opts = [Muon(mats, lr, momentum, int(steps), dtype, rows)] if mats else []
     return opts + ([torch.optim.AdamW(rest, rest_lr, betas=(.9, .95), weight_decay=0., fused=True)] if rest else [])
 
 @register_optimizer('adamw')
-def _adamw(model, lr, rest_lr, dtype):
-    return [torch.optim.AdamW(_groups(lr, rest_lr, *split_params(model)), betas=(.9, .95), weight_decay=0., fused=True)]
+def _adamw(model, lr, rest_lr, dtype, **rates):
+    groups = _rated(_groups(lr, rest_lr, *split_params(model)), model, rates)
+    return [torch.optim.AdamW(groups, betas=(.9, .95), weight_decay=0., fused=True)]
 
 # %% ../nbs/60_optim.ipynb #q002
+def _named(text): # 'muon, steps=5' -> the rule, its options; ValueError on what it does not have
+    name, *told = (s.strip() for s in text.split(','))
+    rule, options = OPTIMIZERS[name], {}
+    known = {k: p.kind for k,p in signature(rule).parameters.items() if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)}
+    for k, eq, v in (s.partition('=') for s in told):
+        try: options[k.strip()] = float(v)
+        except ValueError: raise ValueError(f'{k} {v} is no option of {name}; write a name and a number, such as steps=5') from None
+        if k.strip() not in known and not any(kind.name == 'VAR_KEYWORD' for kind in known.values()):
+            raise ValueError(f'{name} has no option {k.strip()!r}; it has {", ".join(known) or "none"}')
+    return rule, options
+
 def make_optimizers(
     model:nn.Module,     # the model; rules for integers change how it holds its weights
-    name:str = 'muon',   # a key of `OPTIMIZERS`
+    name:str = 'muon',   # a key of `OPTIMIZERS`, with options if need be: 'muon, steps=5, rows=.95, int8=.5'
     lr:float = .02,      # rate for matrices
     rest_lr:float = 4e-3,# rate for the rest
     dtype = torch.float32# dtype of Muon's iterations
 ) -> list:               # optimizers to step one after the other; each group remembers its peak rate as `peak`
     "The optimizers of that name, for the whole model; raises ValueError that lists the names there are"
-    opts = OPTIMIZERS[name](model, lr, rest_lr, dtype)
+    rule, options = _named(name)
+    opts = rule(model, lr, rest_lr, dtype, **options)
     for o in opts:
         for gr in o.param_groups: gr['peak'] = gr['lr']
     return opts
