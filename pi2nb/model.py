@@ -11,6 +11,7 @@ from math import prod
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
 from .registry import Registry
 from .codebook import codebook
@@ -104,6 +105,8 @@ class Block(nn.Module):
 # %% ../nbs/41_model.ipynb #c013
 class LM(nn.Module):
     "A language model described by an `LMConfig`; raises ValueError on a layout it cannot build"
+    recompute = False # learn with less memory: a block keeps only its input, and computes the rest again for the backward pass
+
     def __init__(self,
         config:LMConfig # the shape of the model and how its weights are held
     ):
@@ -131,12 +134,25 @@ def forward(self:LM,
     return self._read(self.embed(ids), state)
 
 @patch
+def features(self:LM,
+    ids:Tensor, # int64 [batch, time], each < vocab
+    state=None  # as `forward` takes it
+) -> tuple:     # (what the head reads [batch, time, dim], state)
+    "`forward` up to the head, for those who do not want all logits at once"
+    return self._walk(self.embed(ids), state)
+
+@patch
 def _read(self:LM, x, state): # `forward` behind the embedding, x [batch, time, dim]
-    x, new = x if self.config.gains else self.norm(x), []
+    x, state = self._walk(x, state)
+    return self.head(x).float(), state
+
+@patch
+def _walk(self:LM, x, state):
+    x, new, again = x if self.config.gains else self.norm(x), [], self.recompute and torch.is_grad_enabled()
     for block, s in zip(self.blocks, state or [None]*len(self.blocks)):
-        x, s = block(x, s)
+        x, s = checkpoint(block, x, s, use_reentrant=False) if again else block(x, s)
         new.append(s)
-    return self.head(self.norm(x)).float(), new
+    return self.norm(x), new
 
 # %% ../nbs/41_model.ipynb #c020
 @patch
