@@ -78,11 +78,11 @@ def _twin(cfg, out): # settings of the float32 twin; ValueError if its folder ho
             raise ValueError(f'{out}/twin holds a run with other settings; move it away')
     return other
 
-def _start_or_resume(resume_it, cfg, out, corpus, device, only=None): # -> report of the finished run
+def _start_or_resume(resume_it, cfg, out, corpus, device, only=None, track=None): # -> report of the finished run
     from pi2nb.train import resume, train
-    if not resume_it: return train(cfg, out, corpus, device or 'auto', only=only)
+    if not resume_it: return train(cfg, out, corpus, device or 'auto', only=only, track=track)
     t = resume(out, corpus, device)
-    t.fit()
+    t.fit(track=track)
     return t.finish(only)
 
 # %% ../nbs/70_cli.ipynb #c010
@@ -110,6 +110,7 @@ def train(
     twin:Annotated[bool, typer.Option('--twin', help='also train the float32 twin, to see what the code costs')]=False,
     device:Annotated[Optional[str], typer.Option(
         help="'auto', 'cpu', 'cuda', or another torch device  [default: auto, or where the run was]")] = None,
+    track:Annotated[bool, typer.Option('--track', help='show the log in trackio too, under the project pi2nb; needs pip install trackio')] = False,
     gpu:Annotated[Optional[int], typer.Option(min=0, help='number of the GPU to use: the same as --device cuda:N')] = None,
     changes:Annotated[list[str], typer.Option('--set', help='any other setting, as key=value; may be repeated; a wrong key lists them all')] = []
 ):
@@ -126,15 +127,15 @@ def train(
     if steps and minutes: raise ValueError('give --steps or --minutes, not both')
     cfg = saved_config(out) if resume else configure(name, **given)
     if not resume: check_new(out)
-    _train(cfg, out, device, resume, _twin(cfg, out) if twin else None)
+    _train(cfg, out, device, resume, _twin(cfg, out) if twin else None, 'pi2nb' if track else None)
 
 # %% ../nbs/70_cli.ipynb #c011
-def _train(cfg, out, device, resume, twin): # twin: the settings of the float32 twin, or None
+def _train(cfg, out, device, resume, twin, track): # twin: the settings of the float32 twin, or None
     from pi2nb.corpus import load_corpus
     from pi2nb.train import Interrupted, report_text
     corpus, other = load_corpus(cfg.data), None
     try:
-        rep = _start_or_resume(resume, cfg, out, corpus, device)
+        rep = _start_or_resume(resume, cfg, out, corpus, device, track=track)
         if twin:
             begun = (out/'twin'/'checkpoint.pt').exists()
             other = _start_or_resume(begun, twin, out/'twin', corpus, device, only=())

@@ -10,7 +10,7 @@ from math import isfinite, log, log2
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .quantlinear import CodedWeight, _leaf_of
+from .quantlinear import CodedWeight, _leaf_of, _whole
 from .optim import IntegerRule
 
 # %% ../nbs/61_governor.ipynb #c005
@@ -23,7 +23,7 @@ def symbol_sample(
     out = {}
     for name, m in model.named_modules():
         if isinstance(m, CodedWeight):
-            w = m.weight if m.code is None else m.coded().z
+            w = _whole(m.weight) if m.code is None else m.coded().z
             out[name] = w[::max(1, w.shape[0]//rows)].cpu().clone()
     return out
 

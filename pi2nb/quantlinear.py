@@ -74,8 +74,10 @@ class CodedWeight:
 
     def coded(self) -> Coded:
         "The weights as they are stored; raises ValueError on what no code can hold"
-        if self.weight.dtype != torch.uint8: return hold(self.weight, self.code, self.scale, self.gain)
+        if self.weight.dtype != torch.uint8: return hold(_whole(self.weight), self.code, self.scale, _whole(self.gain))
         return Coded(self.code, self.weight.detach().reshape(matrix_shape(self.weight.shape)).clone(), self.scale, tuple(self.weight.shape))
+
+def _whole(p): return p.full_tensor() if hasattr(p, 'full_tensor') else p # several workers may hold a part of it each, see chapter 60b
 
 # %% ../nbs/11_quantlinear.ipynb #c103
 def _retype(p, new): # a parameter takes other numbers, perhaps of another type; what was decoded from the old ones is void
@@ -229,6 +231,7 @@ def coded_state(
             if not _alike(owner, layer): raise ValueError(f'{name} shares its weight with {first}, in another code or scale')
             state[name] = first
             continue
+        if layer is not p: p = _whole(p)
         if layer is None and not p.is_floating_point(): raise ValueError(f'{name} holds integers of no code; store its floats, see to_float')
         if isinstance(p, Tensor) and not p.isfinite().all():
             raise ValueError(f'{name} holds NaN or infinity; go back to the last good checkpoint')
