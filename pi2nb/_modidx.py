@@ -1278,7 +1278,7 @@ d = { 'settings': { 'branch': 'main',
                              'pi2nb.train.twin_of': ('train.html#twin_of', 'pi2nb/train.py')},
             'pi2nb.workers': { 'pi2nb.workers.WorkerLost': ('workers.html#workerlost', 'pi2nb/workers.py'),
                                'pi2nb.workers.join_workers': ('workers.html#join_workers', 'pi2nb/workers.py'),
-                               'pi2nb.workers.part': ('workers.html#part', 'pi2nb/workers.py'),
+                               'pi2nb.workers.part_of': ('workers.html#part_of', 'pi2nb/workers.py'),
                                'pi2nb.workers.shard': ('workers.html#shard', 'pi2nb/workers.py'),
                                'pi2nb.workers.together': ('workers.html#together', 'pi2nb/workers.py'),
                                'pi2nb.workers.whole': ('workers.html#whole', 'pi2nb/workers.py')}}}

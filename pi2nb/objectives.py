@@ -90,6 +90,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return *(g*x for x in ctx.saved_tensors), None, None
 
+# %% ../nbs/42_objectives.ipynb #8f71d7c5
 def chunked_cross_entropy(
     x:Tensor,       # what the head reads [n, dim]
     w:Tensor,       # weights of the head [vocab, dim]

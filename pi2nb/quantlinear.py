@@ -77,8 +77,6 @@ class CodedWeight:
         if self.weight.dtype != torch.uint8: return hold(_whole(self.weight), self.code, self.scale, _whole(self.gain))
         return Coded(self.code, self.weight.detach().reshape(matrix_shape(self.weight.shape)).clone(), self.scale, tuple(self.weight.shape))
 
-def _whole(p): return p.full_tensor() if hasattr(p, 'full_tensor') else p # several workers may hold a part of it each, see chapter 60b
-
 # %% ../nbs/11_quantlinear.ipynb #c103
 def _retype(p, new): # a parameter takes other numbers, perhaps of another type; what was decoded from the old ones is void
     p.requires_grad_(False).data, p.grad, p.leaf = new, None, None
@@ -100,6 +98,8 @@ def _apply(self:CodedWeight, fn, recurse=True): # a model may change its type; s
     super(CodedWeight, self)._apply(fn, recurse)
     if s is not None: self.scale = s.to(fn(torch.empty(0, device=s.device)).device)
     return self
+
+def _whole(p): return p.full_tensor() if hasattr(p, 'full_tensor') else p # several workers may hold a part of it each, see chapter 60b
 
 # %% ../nbs/11_quantlinear.ipynb #c014
 class QuantLinear(CodedWeight, nn.Linear):

@@ -8,12 +8,11 @@ __all__ = ['TrainConfig', 'configure', 'pick_device', 'pick_precision', 'Trainer
 
 # %% ../nbs/63_train.ipynb #c002
 import ast, io, json, math, os, signal, threading, time
+import torch, torch.distributed as dist
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field, fields, asdict, replace
 from pathlib import Path
 from typing import get_args
-import torch, torch.distributed as dist
 from fastcore.basics import patch
 from tqdm import tqdm
 from .files import write_atomic
@@ -26,7 +25,7 @@ from .objectives import Objective
 from .sampler import Sampler, generate
 from .q2bn import save_model, load_model
 from .optim import OPTIMIZERS, make_optimizers, set_rate, trapezoid
-from .workers import join_workers, part, shard, together, whole
+from .workers import join_workers, part_of, shard, together, whole
 from .governor import DeadRunGuard, TrainingGovernor, draw_flips
 from .evaluate import bits_per_byte, baselines, unigram_nats
 
@@ -139,6 +138,7 @@ def _slots_for(lm, share): # the layers that can be written; ValueError if somet
 # %% ../nbs/63_train.ipynb #c015
 class Trainer:
     "A run in progress"
+    tracker = None
     def __init__(self,
         cfg:TrainConfig,       # the settings, as `configure` makes them
         out:str|Path,          # folder for everything the run writes
@@ -231,7 +231,7 @@ def train_step(self:Trainer) -> tuple: # (loss in nats per token, gradient norm)
     self.step += 1
     return loss, norm
 
-# %% ../nbs/63_train.ipynb #c022
+# %% ../nbs/63_train.ipynb #8fb5b306
 @patch
 def _state(self:Trainer): # everything that the run needs to go on
     lm, opts = whole([self.lm.state_dict(), [o.state_dict() for o in self.opts]])
@@ -241,14 +241,15 @@ def _state(self:Trainer): # everything that the run needs to go on
 @patch
 def _restore(self:Trainer, state):
     held = self.lm.state_dict()
-    self.lm.load_state_dict({k: part(v, held[k]) if k in held else v for k,v in state['model'].items()})
+    self.lm.load_state_dict({k: part_of(v, held[k]) if k in held else v for k,v in state['model'].items()})
     for o, s in zip(self.opts, state['opts']):
         ps = [p for gr in o.param_groups for p in gr['params']]
-        o.load_state_dict(s | dict(state={i: {k: part(v, ps[i]) for k,v in st.items()} for i,st in s['state'].items()}))
+        o.load_state_dict(s | dict(state={i: {k: part_of(v, ps[i]) for k,v in st.items()} for i,st in s['state'].items()}))
     self.guard.load_state_dict(state['guard'])
     self.governor.load_state_dict(state['governor'])
     self.step, self.elapsed, self.warm, self.recent = state['step'], state['elapsed'], state.get('warm', 0.), state['recent']
 
+# %% ../nbs/63_train.ipynb #c022
 @patch
 def save(self:Trainer):
     "Write DIR/checkpoint.pt atomically; only the first worker does"
@@ -337,7 +338,7 @@ def warm_up(self:Trainer,
     torch.save(self._state(), kept := io.BytesIO())
     for _ in range(steps): self.train_step()
     kept.seek(0)
-    self._restore(torch.load(kept, map_location=self.device, weights_only=True))
+    self._restore(torch.load(kept, map_location='cpu', weights_only=True))
     self.warm += time.perf_counter()-start
 
 @patch
@@ -415,11 +416,11 @@ def _gather_up(self:Trainer): # after the run: an ordinary model again
     lm.load_state_dict(state)
     self.lm, self.parts = lm, False
 
-# %% ../nbs/63_train.ipynb #c030
+# %% ../nbs/63_train.ipynb #317c1007
 @patch
 def _go(self:Trainer, bar): # the loop itself
     cfg = self.cfg
-    if cfg.minutes or cfg.compile: self.warm_up()
+    if (cfg.minutes or cfg.compile) and self.progress < 1: self.warm_up()
     since = time.perf_counter()
     start = since - self.elapsed
     while self.progress < 1 and not self.stopped:
@@ -435,6 +436,7 @@ def _go(self:Trainer, bar): # the loop itself
         if self.step % cfg.save_every == 0: self.save()
     self.save()
 
+# %% ../nbs/63_train.ipynb #c030
 @patch
 def fit(self:Trainer,
     show:bool = True,   # a progress bar on standard error

@@ -52,6 +52,24 @@ def test_the_mean_is_the_plain_mean_to_the_bit(n, vocab, seed):
     assert torch.equal(mine, plain) and torch.equal(*(torch.autograd.grad(l, a)[0] for l in (mine, plain)))
 
 
+@pytest.mark.parametrize('line', ['ce', EVERYTHING])
+@pytest.mark.parametrize('half', [False, True])
+def test_many_logits_are_never_there_together(monkeypatch, half, line):
+    lm, (ids, targets) = model(), data(3, 11)
+    targets[1, 5:] = -1
+    found = []
+    for most in (10**6, 24):                                            # two positions at once
+        monkeypatch.setattr('pi2nb.objectives.AT_ONCE', most)
+        with torch.autocast('cpu', torch.bfloat16, enabled=half): loss, parts = Objective(line)(lm, ids, targets)
+        found.append((loss, [*parts.values()], grads(lm, 3*loss)))
+    seen = observe(lm, ids, targets)
+    assert seen._logits is None and torch.allclose(seen.logits, lm(ids)[0])
+    (a, ps, gs), (b, qs, hs) = found
+    tol = dict(rtol=.05, atol=.02) if half else dict(rtol=1e-4, atol=1e-6)
+    assert torch.allclose(a, b, **tol) and all(torch.allclose(x, y, **tol) for x, y in zip([*ps, *gs], [*qs, *hs]))
+    with torch.no_grad(): assert torch.allclose(Objective(line)(lm, ids, targets)[0], found[1][0], **tol)
+
+
 @pytest.mark.parametrize('pad', [-1, -100, -7])
 def test_padding_is_nothing(pad):
     "Logits, features and lengths where the target is padding do not matter, neither in value nor in gradient"

@@ -5,7 +5,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from pi2nb.model import LM, LMConfig, MIXERS
-from pi2nb.optim import (CarrySnap, FloatCount, GhostVotes, IntegerRule, OPTIMIZERS, _bit_length, _pack4, _shift, _unpack4, integer_matmul, integer_newton_schulz,
+from pi2nb.optim import (CarrySnap, FloatCount, GhostVotes, IntegerRule, Muon, OPTIMIZERS, _bit_length, _pack4, _shift, _unpack4, integer_matmul, integer_newton_schulz,
                          make_optimizers, newton_schulz, set_rate, split_params, static_bytes)
 from pi2nb.ghost import GhostLinear
 from pi2nb.quantlinear import QuantLinear, coded_state, frozen_copy, hold_integers, load_coded_state
@@ -166,6 +166,35 @@ def test_counts_and_bytes():
     rule, = make_optimizers(lm, 'carry', 1., 1.)
     backward(lm), rule.step()
     assert static_bytes(lm, [rule])/lm.n_params() < 3
+
+
+@pytest.mark.parametrize('rows', [0, .9])
+def test_a_batch_is_one_by_one(rows):
+    g = torch.Generator().manual_seed(0)
+    shapes = [(6, 9), (9, 6), (6, 9), (7, 7), (9, 6)]
+    ps, qs = ([nn.Parameter(torch.zeros(s)) for s in shapes] for _ in range(2))
+    together, each = Muon(ps, .1, rows=rows), [Muon([q], .1, rows=rows) for q in qs]
+    for _ in range(3):
+        for p, q in zip(ps, qs): p.grad = q.grad = torch.randn(p.shape, generator=g)
+        for o in (together, *each): o.step()
+    for p, q in zip(ps, qs): assert torch.allclose(p, q, atol=1e-6)
+    again = Muon(qs, 9., rows=rows)
+    again.load_state_dict(deepcopy(together.state_dict()))
+    for p, q in zip(ps, qs): p.grad = q.grad = torch.randn(p.shape, generator=g)
+    together.step(), again.step()
+    for p, q in zip(ps, qs): assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_options_behind_the_name():
+    lm = model(code='q2', gate_code='int8', embed_code='int8')
+    muon, adam = make_optimizers(lm, 'muon, steps=5, rows=.9, int8=.5, head=2, vectors=.1', 1., .1)
+    assert [(g['lr'], g['steps'], g['rows']) for g in muon.param_groups] == [(.5, 5, .9), (1., 5, .9)]
+    rates = {id(p): g['lr'] for o in (muon, adam) for g in o.param_groups for p in g['params']}
+    of = lambda name: rates[id(lm.get_parameter(name))]
+    assert (of('blocks.1.mixer.rate.weight'), of('blocks.0.mlp.up.weight'), of('head.weight'), of('embed.weight')) == (.5, 1., .2, .1)
+    assert len(rates) == len(list(lm.parameters())) and {g['peak'] for g in adam.param_groups} == set(rates.values()) - {.5, 1.}
+    for bad, says in {'muon, q3=2': 'nothing in this model is called', 'muon, steps': 'no option of muon', 'carry, steps=5': "carry has no option 'steps'"}.items():
+        with pytest.raises(ValueError, match=says): make_optimizers(model(code='q2'), bad)
 
 
 def test_schedule_and_registry():

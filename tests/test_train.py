@@ -9,6 +9,7 @@ from pi2nb.corpus import load_corpus
 from pi2nb.evaluate import bits_per_byte
 from pi2nb.governor import DeadRun
 from pi2nb.model import LM, MIXERS, RECIPES, LMConfig, looks_ahead, recipe
+from pi2nb.optim import trapezoid
 from pi2nb.q2bn import load_model
 from pi2nb.sampler import Sampler, generate
 from pi2nb.train import Interrupted, Trainer, configure, resume, twin_of
@@ -147,7 +148,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, text, monkeypatch
 def test_minutes_instead_of_steps(tmp_path, text):
     t = Trainer(configure(**TOY | dict(minutes=.02)), tmp_path, text[1], 'cpu')
     t.fit(show=False)
-    assert t.progress == 1 and t.elapsed >= 1.2 and t.step > 1
+    assert t.progress == 1 and t.elapsed >= 1.2 and t.step > 1 and t.warm > 0
+    again = Trainer(configure(**TOY | dict(minutes=.02)), tmp_path/'half', text[1], 'cpu')
+    again.elapsed = .6                                                 # the rate follows the part of the time that is gone
+    again.train_step()
+    assert again.rate == trapezoid(.5)
 
 
 def test_a_dead_run_stops(tmp_path, text):
@@ -287,6 +292,10 @@ def test_command_refuses_a_foreign_twin_and_a_dead_run(tmp_path, text):
     (['train', '--recipe', 'dense', '--twin'], 'its own twin'),
     (['train', '--device', 'abacus'], 'abacus'),
     (['train', '--resume', '-o', 'nothing'], 'no checkpoint'),
+    (['train', '--track'], 'pip install trackio'),
+    (['train', '--set', 'compile=maybe'], 'compile'),
+    (['train', '--set', 'shard=true', '--set', 'remember=.1'], 'shard'),
+    (['train', '--set', 'optimizer=muon, gates=2'], 'a factor can be given for'),
 ], ids=lambda v: ' '.join(v) if isinstance(v, list) else '')
 def test_a_mistake_gets_one_sentence(tmp_path, text, monkeypatch, capsys, args, says):
     from pi2nb.cli import main
@@ -296,6 +305,7 @@ def test_a_mistake_gets_one_sentence(tmp_path, text, monkeypatch, capsys, args, 
     (tmp_path/'bad.q2bin').write_bytes(b'GGUF'*99)
     (tmp_path/'empty.txt').touch(); (tmp_path/'short.txt').write_text('To be'); (tmp_path/'table.csv').write_text('a,b')
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, 'trackio', None)                  # not installed
     monkeypatch.setattr(sys, 'argv', ['pi2', *args])
     with pytest.raises(SystemExit) as e: main()
     out, err = capsys.readouterr()
