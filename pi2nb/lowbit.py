@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['WeightAverage']
 
-# %% ../nbs/60a_lowbit.ipynb #309d56a7
+# %% ../nbs/60a_lowbit.ipynb #537428ed
 from dataclasses import replace
 import torch
 from torch import nn
+from fastcore.basics import patch
 from .codebook import hold
 from .quantlinear import stored_parameters
 
-# %% ../nbs/60a_lowbit.ipynb #53f392b1
+# %% ../nbs/60a_lowbit.ipynb #f98b92de
 class WeightAverage:
     "Running mean of what a model's weights stand for in its file; raises ValueError on integer weights"
     def __init__(self,
@@ -20,7 +21,7 @@ class WeightAverage:
         decoded:bool = True  # average what the code decodes; False: the shadows
     ):
         if not all(p.is_floating_point() for p in model.parameters()):
-            raise ValueError('integer weights have no shadow to average; set average=0')
+            raise ValueError('integer weights have no shadow to average')
         self.model, self.decoded, self.n, self.means = model, decoded, 0, []
 
     def _weights(self): # pairs (parameter, the layers that share it)
@@ -28,20 +29,23 @@ class WeightAverage:
         for _, layer, p in stored_parameters(self.model): pairs.setdefault(id(p), (p, []))[1].append(layer)
         return list(pairs.values())
 
-    @torch.no_grad()
-    def add(self):
-        "Count the weights as they are now"
-        now = [(layers[0].held_weight() if self.decoded and layers[0] else p).float() for p,layers in self._weights()]
-        self.n += 1
-        if self.n == 1: self.means = [w.clone() for w in now]
-        else: torch._foreach_lerp_(self.means, now, 1/self.n)
+# %% ../nbs/60a_lowbit.ipynb #2b19e9cd
+@patch
+@torch.no_grad()
+def add(self:WeightAverage):
+    "Count the weights as they are now"
+    now = [(layers[0].held_weight() if self.decoded and layers[0] else p).float() for p,layers in self._weights()]
+    self.n += 1
+    if self.n == 1: self.means = [w.clone() for w in now]
+    else: torch._foreach_lerp_(self.means, now, 1/self.n)
 
-    @torch.no_grad()
-    def put(self):
-        "Give the model the mean; what was decoded is projected to the nearest symbols and scales, and its layers are frozen"
-        for (p, layers), m in zip(self._weights(), self.means):
-            if self.decoded and layers[0]:
-                c = layers[0].coded()
-                m = (c := hold(m, c.code, replace(c.code, rule='mse').scale(m.reshape(c.z.shape)))).decode()
-                for layer in layers: layer.scale = c.s.to(p.device)
-            p.copy_(m)
+@patch
+@torch.no_grad()
+def put(self:WeightAverage):
+    "Give the model the mean; what was decoded is projected to the nearest symbols and scales, and its layers are frozen"
+    for (p, layers), m in zip(self._weights(), self.means):
+        if self.decoded and layers[0]:
+            c = layers[0].coded()
+            m = (c := hold(m, c.code, replace(c.code, rule='mse').scale(m.reshape(c.z.shape)))).decode()
+            for layer in layers: layer.scale = c.s.to(p.device)
+        p.copy_(m)

@@ -7,8 +7,7 @@ __all__ = ['TrainConfig', 'configure', 'pick_device', 'pick_precision', 'Trainer
            'Interrupted', 'tracker', 'report_text', 'check_new', 'train']
 
 # %% ../nbs/63_train.ipynb #c002
-import ast, io, json, math, os, signal, threading, time
-import torch, torch.distributed as dist
+import ast, io, json, math, os, signal, threading, time, warnings, torch, torch.distributed as dist
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, asdict, replace
 from pathlib import Path
@@ -171,6 +170,7 @@ def _spread(self:Trainer): # optimizers; the model as the run wants it: less kep
     self.opts, self.parts = make(), cfg.shard and self.world > 1           # one worker keeps everything
     if self.parts: self.opts = shard(self.lm, self.device) and make()
     if cfg.compile:
+        warnings.filterwarnings('ignore', 'Dynamo detected a call to a `functools.lru_cache`')
         for block in self.lm.blocks: block.compile()
 
 @patch
@@ -362,7 +362,7 @@ def log(self:Trainer,
     if valid is not None: row['valid_bpb'] = valid
     row |= self.governor.report()
     self.rows.append(row)
-    if self.tracker: self.tracker.log({k: v for k,v in row.items() if isinstance(v, int|float)}, step=self.step)
+    if self.tracker: self.tracker.log({k: v for k,v in row.items() if k != 'step' and isinstance(v, int|float)}, step=self.step)
     with open(self.out/'metrics.jsonl', 'a') as f: f.write(json.dumps(row)+'\n')
     return f"loss {row['loss']:.3f} nats = {row['bpb']:.3f} bits/byte, {row['tokens_per_s']:,.0f} tokens/s"
 

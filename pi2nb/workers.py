@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['join_workers', 'shard', 'whole', 'part_of', 'WorkerLost', 'together']
 
-# %% ../nbs/60b_workers.ipynb #bf40ca28
+# %% ../nbs/60b_workers.ipynb #ef1cb037
 import atexit, os, warnings
 from contextlib import contextmanager
 import torch, torch.distributed as dist
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-# %% ../nbs/60b_workers.ipynb #b1a3de92
+# %% ../nbs/60b_workers.ipynb #d8ac59f0
 def join_workers(
     device:torch.device # where this worker computes
 ) -> tuple:             # (its number, how many there are)
@@ -26,7 +26,7 @@ def join_workers(
         atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
-# %% ../nbs/60b_workers.ipynb #be1d4d47
+# %% ../nbs/60b_workers.ipynb #70a9bf16
 def shard(
     lm:nn.Module,        # a model with `blocks`, its weights floats and the same on all workers; changed in place
     device:torch.device  # where this worker computes
@@ -54,7 +54,7 @@ def part_of(
     fits = isinstance(p, DTensor) and isinstance(x, Tensor) and x.shape == p.shape
     return distribute_tensor(x.to(p.device), p.device_mesh, p.placements) if fits else x
 
-# %% ../nbs/60b_workers.ipynb #0bc99df4
+# %% ../nbs/60b_workers.ipynb #962794b7
 class WorkerLost(ConnectionError):
     "Another worker of this run has gone; the message says how to go on"
 
