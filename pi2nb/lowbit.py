@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WeightAverage']
 
-# %% ../nbs/60a_lowbit.ipynb #537428ed
+# %% ../nbs/60a_lowbit.ipynb #7e687c05
 from dataclasses import replace
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from .codebook import hold
 from .quantlinear import stored_parameters
 
-# %% ../nbs/60a_lowbit.ipynb #f98b92de
+# %% ../nbs/60a_lowbit.ipynb #fa115b48
 class WeightAverage:
     "Running mean of what a model's weights stand for in its file; raises ValueError on integer weights"
     def __init__(self,
@@ -29,7 +29,7 @@ class WeightAverage:
         for _, layer, p in stored_parameters(self.model): pairs.setdefault(id(p), (p, []))[1].append(layer)
         return list(pairs.values())
 
-# %% ../nbs/60a_lowbit.ipynb #2b19e9cd
+# %% ../nbs/60a_lowbit.ipynb #93db49b7
 @patch
 @torch.no_grad()
 def add(self:WeightAverage):

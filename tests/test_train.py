@@ -145,6 +145,18 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, text, monkeypatch
     assert (out/'checkpoint.pt').read_bytes() == good and [p.name for p in out.iterdir()] == ['checkpoint.pt']
 
 
+@pytest.mark.parametrize('name', ['q2', 'pi2', 'phase'])
+def test_recomputed_is_kept_to_the_bit_and_warming_up_leaves_no_trace(tmp_path, text, name):
+    ends = []
+    for again in (False, True):
+        t = Trainer(configure(name, **TOY | dict(recompute=again)), tmp_path, text[1], 'cpu')
+        t.train_step()
+        if again: t.warm_up()
+        losses = [t.train_step()[0] for _ in range(3)]
+        ends.append((losses, [p.detach().clone() for p in t.lm.parameters()]))
+    assert ends[0][0] == ends[1][0] and all(map(torch.equal, ends[0][1], ends[1][1]))
+
+
 def test_minutes_instead_of_steps(tmp_path, text):
     t = Trainer(configure(**TOY | dict(minutes=.02)), tmp_path, text[1], 'cpu')
     t.fit(show=False)
