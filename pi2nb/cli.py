@@ -294,16 +294,18 @@ def export(
     print(f'read from {file}: {file.stat().st_size:,} bytes')
 
 # %% ../nbs/70_cli.ipynb #8322efe0
-def _bar(total): # progress on standard error, where a person watches it
+def _bar(total, unit='token'): # progress on standard error, where a person watches it
     from tqdm import tqdm
-    return tqdm(total=total, unit='token', unit_scale=True, leave=False, disable=None).update
+    return tqdm(total=total, unit=unit, unit_scale=True, leave=False, disable=None).update
 
 def _prove(lm, tok, text): # prints; exit 1 if the bytes do not come back, or the size is not the score
-    from pi2nb.coder import prove
-    p = prove(lm, tok, text[:2**20], _bar(3*len(tok.encode(text[:2**20]))))
+    from pi2nb.coder import prove, table_bits
+    p = prove(lm, tok, text := text[:2**20], _bar(3*len(text), 'B'))
     print(f'{p.coded:.4f} bits per byte   coded in {p.lanes} lanes, {p.bytes:,} bytes; decoded again: {"the same" if p.same else "not the same"}')
     print(f'{p.score:.4f} bits per byte   score in the same lanes; the coded size differs by {p.gap:+.3%}')
-    if not p.holds: raise ValueError('the proof fails: ' + ('the size is more than 0.1 % above the score' if p.same else 'the bytes did not come back'))
+    if p.foreign: raise ValueError(f'the score is not proved: this text is so foreign to the model that the file is smaller than the score. A token costs at most '
+                                   f'{table_bits(lm.config.vocab)} bits in a file, and with that limit the score is {p.floored:.4f}')
+    if not p.holds: raise ValueError('the proof fails: ' + ('size and score differ by more than 0.1 %' if p.same else 'the bytes did not come back'))
 
 # %% ../nbs/70_cli.ipynb #2a505703
 Model = Annotated[Path, typer.Option('--model', '-m', help='the .q2bin file whose predictions are used', show_default=False)]

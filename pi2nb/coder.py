@@ -20,7 +20,7 @@ from .files import compile_c
 from .quantlinear import coded_state
 from .tokenizer import ByteTokenizer
 from .exact import exact_exp
-from .exactlm import ExactLM, _kernels, _BASE_C, _EXP_C
+from .exactlm import ExactLM, replay, _kernels, _BASE_C, _EXP_C
 from .q2bn import identity
 
 # %% ../nbs/51_coder.ipynb #1c78ceb6
@@ -106,14 +106,18 @@ static void shares(const F *x, N V, D share, F *e, I *f) {
 
 # %% ../nbs/51_coder.ipynb #73c20859
 _MEASURE_C = """
-void measure(const F *x, const I *token, uint32_t *start, uint32_t *freq, N M, N V, N bits, N threads, D share) {
-  #pragma omp parallel for num_threads(threads) if(threads > 1)
+N measure(const F *x, const I *token, uint32_t *start, uint32_t *freq, N M, N V, N bits, N threads, D share) { // 0: there are NaNs
+  N good = 1;
+  #pragma omp parallel for num_threads(threads) if(threads > 1) reduction(&:good)
   for (N i = 0; i < M; i++) {
-    F e[V]; I f[V], s = 0;
+    F e[V]; I f[V], s = 0, big = 0;
+    for (N v = 0; v < V; v++) { I b = raw(x[i*V + v]) & 0x7fffffff; big = b > big ? b : big; }
+    good &= big < 0x7f800000;
     shares(x + i*V, V, share, e, f);
     for (N v = 0; v < token[i]; v++) s += f[v];
     start[i] = s; freq[i] = token[i] == V - 1 ? (1 << bits) - s : f[token[i]];
   }
+  return good;
 }
 """
 
@@ -156,8 +160,10 @@ def _measure(logits, tokens): # float32 [rows, vocab], int32 [rows] -> start, fr
     (M, V), start, freq = logits.shape, *(np.empty(len(tokens), np.uint32) for _ in range(2))
     if lib := _coder():
         logits, tokens = logits.contiguous(), tokens.contiguous()
-        lib.measure(*_args(logits, tokens, start, freq), *_sizes(M, V, table_bits(V), torch.get_num_threads()), ctypes.c_double(_share(V)))
-        return start, freq
+        good = lib.measure(*_args(logits, tokens, start, freq), *_sizes(M, V, table_bits(V), torch.get_num_threads()), ctypes.c_double(_share(V)))
+    else: good = logits.isfinite().all()
+    if not good: raise ValueError('the model predicts NaN or infinity; go back to a good model file')
+    if lib: return start, freq
     f, at = frequency_table(logits), tokens.long()[:, None]
     return tuple(t.gather(1, at)[:, 0].numpy().astype(np.uint32) for t in (f.cumsum(-1) - f, f))
 
@@ -179,8 +185,10 @@ def _read(reader, logits): # one token for each row of logits -> int32 [rows]
     return tokens
 
 # %% ../nbs/51_coder.ipynb #ced224eb
-def _cut(n): # n tokens -> lanes, tokens in each; the last one may be shorter
-    lanes = max(1, min(128, n//4096))
+_LANE, _LANES, _STATE = 4096, 128, 2**28 # tokens for which there is a lane, lanes, bytes of state
+
+def _cut(n, exact): # n tokens, an `ExactLM` -> lanes, tokens in each; the last one may be shorter
+    lanes = max(1, min(_LANES, n//_LANE, _STATE//max(1, exact.state_bytes)))
     size = -(-n//lanes)
     return -(-n//size), size
 
@@ -190,14 +198,24 @@ def _grid(tok, ids, lanes, size): # what is fed and what is to be predicted, int
     want = want.view(lanes, size)
     return torch.cat([torch.full((lanes, 1), tok.bos), want[:, :-1]], 1), want
 
-def _steps(lm, tok, ids): # yields logits [steps, lanes, vocab], tokens [steps, lanes] and which of them count
-    lanes, size = _cut(len(ids))
-    fed, want = _grid(tok, ids, lanes, size)
-    counts, state = (torch.arange(size)[:, None] + size*torch.arange(lanes) < len(ids)), None
-    step, device = max(1, min(64, 2**22//(lanes*lm.config.vocab))), lm.table.device if isinstance(lm, ExactLM) else lm.head.weight.device
-    for at in range(0, size, step):
-        logits, state = lm(fed[:, at:at+step].to(device), state)
-        yield logits.transpose(0, 1).cpu(), want[:, at:at+step].T, counts[at:at+step]
+# %% ../nbs/51_coder.ipynb #30536e26
+def _feeder(lm, lanes, most): # -> what reads on in every lane, ids to logits, and how many tokens it takes; about 128 rows fit in a cache
+    few = 2**(min(most, 128//lanes).bit_length() - 1)
+    if isinstance(lm, ExactLM) and (feed := replay(lm, lanes, few)): return feed, few
+    state, device = None, lm.table.device if isinstance(lm, ExactLM) else lm.head.weight.device
+    def feed(ids):
+        nonlocal state
+        logits, state = lm(ids.to(device), state)
+        return logits.cpu()
+    return feed, most
+
+@torch.inference_mode()
+def _steps(lm, tok, ids, cut): # yields logits [lanes, steps, vocab], tokens [lanes, steps] and which of them count
+    lanes, size = cut
+    feed, step = _feeder(lm, lanes, max(1, min(64, 2**22//(lanes*lm.config.vocab))))
+    counts = torch.arange(size) + size*torch.arange(lanes)[:, None] < len(ids)
+    fed, want, counts = (F.pad(t, (0, -size % step)).split(step, 1) for t in (*_grid(tok, ids, lanes, size), counts))
+    for a, b, c in zip(fed, want, counts): yield feed(a), b, c
 
 # %% ../nbs/51_coder.ipynb #5eccf3e9
 def encode_tokens(
@@ -208,11 +226,11 @@ def encode_tokens(
 ) -> bytes:         # the coded stream
     "Code tokens with the model's predictions; raises ValueError if the model gives no numbers"
     parts = []
-    for logits, want, counts in _steps(lm, tok, ids):
-        if not logits.isfinite().all(): raise ValueError('the model predicts NaN or infinity; go back to a good model file')
-        parts.append(_measure(logits[counts], want[counts].int()))
-        if progress: progress(int(counts.sum()))
-    return _push(*map(np.concatenate, zip(*parts)), table_bits(lm.config.vocab))
+    for logits, want, counts in _steps(lm, tok, ids, _cut(len(ids), lm)):
+        both = np.stack(_measure(logits.flatten(0, 1), want.flatten().int())).reshape(2, *want.shape)
+        parts.append(both.transpose(0, 2, 1)[:, counts.T.numpy()])
+        if progress: progress(parts[-1].shape[1])
+    return _push(*map(np.ascontiguousarray, np.concatenate(parts, 1)), table_bits(lm.config.vocab))
 
 # %% ../nbs/51_coder.ipynb #6958b4e3
 @torch.inference_mode()
@@ -225,21 +243,19 @@ def decode_tokens(
     progress=None   # called with the number of tokens done since the last call
 ) -> np.ndarray:    # the tokens; with `steps`, the first ones of every lane [lanes, steps]
     "Read tokens back; raises ValueError where the stream and the model do not fit"
-    (lanes, size), reader, state = _cut(n), RansReader(data), None
-    out, device = torch.zeros(lanes, size, dtype=torch.long), lm.table.device
+    (lanes, size), reader = _cut(n, lm), RansReader(data)
+    out, (feed, _) = torch.zeros(lanes, size, dtype=torch.long), _feeder(lm, lanes, 1)
     last = torch.full((lanes, 1), tok.bos)
     for t in range(size if steps is None else min(steps, size)):
-        logits, state = lm(last.to(device), state)
-        rows = lanes - ((lanes - 1)*size + t >= n)
-        last = torch.zeros_like(last)
-        last[:rows, 0] = out[:rows, t] = _read(reader, logits[:rows, 0].cpu()).long()
+        logits, rows = feed(last), lanes - ((lanes - 1)*size + t >= n)
+        last[:rows, 0] = out[:rows, t] = _read(reader, logits[:rows, 0]).long()
         if progress: progress(rows)
     if steps is not None: return out[:, :steps].numpy()
     if not reader.done(): raise ValueError('the coded stream does not end where the text ends; copy the file again')
     return out.flatten()[:n].numpy()
 
 # %% ../nbs/51_coder.ipynb #2bc7cfd1
-_FILE, _BLOCK_HEAD, _BLOCK, _ARITHMETIC = '<5s16s16sQI', '<BIII', 2**24, 1
+_FILE, _BLOCK_HEAD, _BLOCK, _ARITHMETIC = '<5s16s16sQI', '<BIII', 2**22, 1
 
 def model_identity(
     lm, # an `LM`
@@ -259,7 +275,7 @@ def _block(lm, tok, data, verify, progress): # bytes -> kind, tokens, payload
     if len(coded) >= len(plain): return 0, 0, plain
     steps = None if verify else 32
     got, want = decode_tokens(lm, tok, coded, len(ids), steps), ids
-    if steps: want = _grid(tok, ids, *_cut(len(ids)))[1][:, :steps].numpy()
+    if steps: want = _grid(tok, ids, *_cut(len(ids), lm))[1][:, :steps].numpy()
     if not np.array_equal(got, want): raise ValueError('the model does not predict the same twice on this machine; nothing was written')
     return 1, len(ids), coded
 
@@ -277,7 +293,7 @@ def compress(
         part = data[i:i+_BLOCK]
         kind, n, payload = _block(exact, tok, part, verify, progress)
         blocks.append(struct.pack(_BLOCK_HEAD, kind, len(part), n, len(payload)) + payload)
-    head = struct.pack(_FILE, b'PI2C\1', model_identity(lm, tok), hashlib.sha256(data).digest()[:16], len(data), len(blocks))
+    head = struct.pack(_FILE, b'PI2C\2', model_identity(lm, tok), hashlib.sha256(data).digest()[:16], len(data), len(blocks))
     out = head + b''.join(blocks)
     return out + struct.pack('<I', zlib.crc32(out))
 
@@ -296,7 +312,7 @@ def _blocks(data, count): # the body of a file -> list of (kind, bytes, tokens, 
     return out
 
 def _front(data): # a file -> identity, digest, length, blocks; raises ValueError
-    if data[:5] != b'PI2C\1': raise ValueError('this is no file that pi2 compress wrote (it does not begin with PI2C and version 1)')
+    if data[:5] != b'PI2C\2': raise ValueError('this is no file that pi2 compress of this version wrote (it does not begin with PI2C and version 2)')
     size = struct.calcsize(_FILE)
     if len(data) < size + 4 or zlib.crc32(data[:-4]) != struct.unpack('<I', data[-4:])[0]:
         raise ValueError('the coded file is damaged or cut (its checksum does not match); copy it again')
@@ -334,36 +350,44 @@ def decompress(
 @dataclass(frozen=True)
 class Proof:
     "A score, and what a file really takes"
-    same:bool   # did the bytes come back
-    coded:float # bits per byte in the coded stream
-    score:float # bits per byte by the float model, in the same lanes
-    lanes:int   # how many
-    bytes:int   # of the text
+    same:bool     # did the bytes come back
+    coded:float   # bits per byte in the coded stream
+    score:float   # bits per byte by the float model, in the same lanes
+    lanes:int     # how many
+    bytes:int     # of the text
+    floored:float # the score, if no token costs more bits than a table has
 
     @property
     def gap(self): return self.coded/self.score - 1
+    def _near(self, score): return abs(self.coded - score)*self.bytes < .001*score*self.bytes + 64 # bits of the state
     @property
-    def holds(self): return self.same and (self.coded - self.score)*self.bytes < .001*self.score*self.bytes + 64 # bits of the state
+    def holds(self): return self.same and self._near(self.score)
+    @property
+    def foreign(self): return self.same and not self.holds and self._near(self.floored)
 
 # %% ../nbs/51_coder.ipynb #b88865b6
 @torch.inference_mode()
-def _lane_nats(lm, tok, ids, progress=None): # what the tokens cost, each lane read from a fresh start
-    nats = 0.
-    for logits, want, counts in _steps(lm, tok, ids):
-        nats += F.cross_entropy(logits[counts].double(), want[counts], reduction='sum').item()
-        if progress: progress(int(counts.sum()))
-    return nats
+def _lane_bits(lm, tok, ids, cut, progress=None): # what the tokens cost by the float model, each lane read from a fresh start; the same with the floor of a table
+    bits, one = np.zeros(2), 2.**table_bits(lm.config.vocab)
+    for logits, want, counts in _steps(lm, tok, ids, cut):
+        nats = F.cross_entropy(logits[counts].double(), want[counts], reduction='none')
+        floored = ((-nats).exp()*(1 - lm.config.vocab/one) + 1/one).log()
+        bits += nats.sum().item()/log(2), -floored.sum().item()/log(2)
+        if progress: progress(len(nats))
+    return bits
 
+# %% ../nbs/51_coder.ipynb #f91d966f
 def prove(
     lm,           # an `LM`, frozen
     tok,          # its tokenizer
-    data:bytes,   # the text, up to 16 MiB
-    progress=None # called with the number of tokens done since the last call; each is read three times
+    data:bytes,   # the text, up to 4 MiB
+    progress=None # called with the number of bytes done since the last call; each is read three times
 ) -> Proof:
     "Code, decode and score a text; raises ValueError on an empty text and on one that the tokenizer changes"
     ids = tok.encode(data)
-    if not 0 < len(data) <= _BLOCK or tok.decode(ids) != data: raise ValueError('a proof needs 1 byte to 16 MiB of text that the tokenizer gives back unchanged')
-    exact = ExactLM(lm)
-    stream = encode_tokens(exact, tok, ids, progress)
-    back = tok.decode(decode_tokens(exact, tok, stream, len(ids), progress=progress))
-    return Proof(back == data, 8*len(stream)/len(data), _lane_nats(lm, tok, ids, progress)/log(2)/len(data), _cut(len(ids))[0], len(data))
+    if not 0 < len(data) <= _BLOCK or tok.decode(ids) != data: raise ValueError('a proof needs 1 byte to 4 MiB of text that the tokenizer gives back unchanged')
+    exact, tick = ExactLM(lm), progress and (lambda n: progress(n*len(data)/len(ids)))
+    stream = encode_tokens(exact, tok, ids, tick)
+    back, cut = tok.decode(decode_tokens(exact, tok, stream, len(ids), progress=tick)), _cut(len(ids), exact)
+    score, floored = _lane_bits(lm, tok, ids, cut, tick)/len(data)
+    return Proof(back == data, 8*len(stream)/len(data), score, cut[0], len(data), floored)

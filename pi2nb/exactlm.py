@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXACT', 'register_exact', 'ExactLinear', 'uncompiled', 'ExactGQA', 'ExactCfC', 'ExactMLP', 'ExactRecursive',
-           'exact_layer', 'ExactDamped', 'ExactDelta', 'ExactLM']
+           'exact_layer', 'ExactDamped', 'ExactDelta', 'ExactLM', 'Replay', 'replay']
 
 # %% ../nbs/44a_exactlm.ipynb #e512803f
 import ctypes
@@ -20,7 +20,7 @@ from .files import compile_c
 from .codebook import Codebook
 from .complex_scan import _units
 from .exact import (exact_attention, exact_cos_sin, exact_exp, exact_norm, exact_product, exact_sigmoid, exact_softplus,
-                         power_grid, whole_grid, _EPS, _horner, _turning)
+                         power_grid, whole_grid, _EPS, _horner, _turn_block, _turning)
 
 # %% ../nbs/44a_exactlm.ipynb #4300da38
 def _whole_weights(m): # a layer -> its weights as integers in float32 [rows, cols] and scales [rows]; None where they are none
@@ -115,23 +115,32 @@ static F whole(const F *x, N n, F most, int16_t *q, uint8_t *b) {
 """
 
 # %% ../nbs/44a_exactlm.ipynb #407ca06c
-_TILE_C = """
-#define R 3
+_SUM_C = """
+#define R 5 // rows of a tile
+#define FIXED static inline __attribute__((always_inline))
 #ifdef __AVX2__
-#define SUM(a, b) a = _mm256_add_epi32(a, b)
-#define SUM16(a, b) a = _mm256_add_epi16(a, b)
+#define SUM(a, b) __asm__("vpaddd %1, %0, %0" : "+x"(a) : "x"(b)) // left to itself, the compiler copies registers
+#define SUM16(a, b) __asm__("vpaddw %1, %0, %0" : "+x"(a) : "x"(b))
 #define LOAD(p) _mm256_loadu_si256((const __m256i*)(p))
-#define EACH for (int r = 0; r < R; r++)
-static void tile(const char *x, N step, N rows, const I *w, N K, N deep, I o[R][16]) {
-  __m256i a[R][2], s[R][2], b, one = _mm256_set1_epi16(1), zero = _mm256_setzero_si256(); const I *p[R];
-  EACH { a[r][0] = a[r][1] = zero; p[r] = (const I*)(x + (r < rows ? r : 0)*step); }
-  if (!deep) for (N k = 0; k < K; k++, w += 16) EACH {
-    b = _mm256_set1_epi32(p[r][k]); SUM(a[r][0], _mm256_madd_epi16(b, LOAD(w))); SUM(a[r][1], _mm256_madd_epi16(b, LOAD(w + 8)));
+#define HELD(a, p) a = LOAD(p); __asm__("" : "+x"(a))             // or loads twice
+#define EACH for (int r = 0; r < n; r++)
+#define WORD(k) _mm256_set1_epi32(((const I*)(x + r*step))[k])
+"""
+
+# %% ../nbs/44a_exactlm.ipynb #48bfbff7
+_TILE_C = """
+FIXED void tile(const char *x, N step, const int n, const I *w, N K, N deep, I o[R][16]) { // n is known to the compiler
+  __m256i a[R][2], s[R][2], b, u, v, one = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
+  EACH a[r][0] = a[r][1] = zero;
+  if (!deep) for (N k = 0; k < K; k++, w += 16) {
+    HELD(u, w); HELD(v, w + 8);
+    EACH { b = WORD(k); SUM(a[r][0], _mm256_madd_epi16(b, u)); SUM(a[r][1], _mm256_madd_epi16(b, v)); }
   }
   else for (N k = 0; k < K; k += deep) {
     EACH s[r][0] = s[r][1] = zero;
-    for (N j = k; j < (k + deep < K ? k + deep : K); j++, w += 16) EACH {
-      b = _mm256_set1_epi32(p[r][j]); SUM16(s[r][0], _mm256_maddubs_epi16(b, LOAD(w))); SUM16(s[r][1], _mm256_maddubs_epi16(b, LOAD(w + 8)));
+    for (N j = k, end = k + deep < K ? k + deep : K; j < end; j++, w += 16) {
+      HELD(u, w); HELD(v, w + 8);
+      EACH { b = WORD(j); SUM16(s[r][0], _mm256_maddubs_epi16(b, u)); SUM16(s[r][1], _mm256_maddubs_epi16(b, v)); }
     }
     EACH { SUM(a[r][0], _mm256_madd_epi16(s[r][0], one)); SUM(a[r][1], _mm256_madd_epi16(s[r][1], one)); }
   }
@@ -142,9 +151,9 @@ static void tile(const char *x, N step, N rows, const I *w, N K, N deep, I o[R][
 # %% ../nbs/44a_exactlm.ipynb #d60ba1e8
 _PLAIN_C = """
 #else
-static void tile(const char *x, N step, N rows, const I *w, N K, N deep, I o[R][16]) {
+FIXED void tile(const char *x, N step, const int n, const I *w, N K, N deep, I o[R][16]) {
   memset(o, 0, R*16*sizeof(I));
-  for (int r = 0; r < rows; r++) for (N k = 0; k < K; k++) for (int j = 0; j < 16; j++)
+  for (int r = 0; r < n; r++) for (N k = 0; k < K; k++) for (int j = 0; j < 16; j++)
     if (deep) for (int i = 0; i < 4; i++) o[r][j] += (I)((const uint8_t*)(x + r*step))[4*k + i]*((const int8_t*)w)[64*k + 4*j + i];
     else for (int i = 0; i < 2; i++) o[r][j] += (I)((const int16_t*)(x + r*step))[2*k + i]*((const int16_t*)w)[32*k + 2*j + i];
 }
@@ -154,29 +163,43 @@ static void tile(const char *x, N step, N rows, const I *w, N K, N deep, I o[R][
 # %% ../nbs/44a_exactlm.ipynb #46c4e619
 _LINEAR_C = """
 typedef struct { const F *x, *gain, *add, *scale, *bias; const I *w, *shift; F *y; N M, K, C, deep, square, threads; D eps; F most; } Job;
-static void outputs(const Job *j, const I *o, N row, N c, F unit) { // of one row, 16 columns at most
-  N w = j->C - c < 16 ? j->C - c : 16, at = row*j->C + c; F v[16];
-  for (N k = 0; k < w; k++) v[k] = ((F)(o[k] - j->shift[c + k])*j->scale[c + k])*unit;
-  if (j->bias) for (N k = 0; k < w; k++) v[k] = v[k] + j->bias[c + k];
-  if (j->square) for (N k = 0; k < w; k++) { v[k] = v[k] > 0 ? v[k] : 0; v[k] = v[k]*v[k]; }
-  if (j->add) for (N k = 0; k < w; k++) v[k] = j->add[at + k] + v[k];
-  memcpy(j->y + at, v, w*sizeof(F));
+typedef F V __attribute__((vector_size(32))); typedef I W __attribute__((vector_size(32)));
+FIXED V eight(const void *p) { V v; memcpy(&v, p, sizeof v); return v; }
+FIXED V outputs(const Job *j, const I *o, N c, F unit, const F *add) { // of one row, 8 columns
+  W n = (W)eight(o) - (W)eight(j->shift + c);
+  V v = (__builtin_convertvector(n, V)*eight(j->scale + c))*unit;
+  if (j->bias) v = v + eight(j->bias + c);
+  if (j->square) { v = (V)((W)v & (v > 0)); v = v*v; }
+  return j->add ? eight(add) + v : v;
+}
+"""
+
+# %% ../nbs/44a_exactlm.ipynb #cc8f6cad
+_PART_C = """
+FIXED void part(const Job *j, const char *q, N step, const int n, N c, N K, N row, const F *unit) { // n rows, 16 columns
+  I o[R][16]; N w = j->C - c < 16 ? j->C - c : 16;
+  tile(q, step, n, j->w + c*K, K, j->deep, o);
+  for (int r = 0; r < n; r++) {
+    N at = (row + r)*j->C + c; F t[16]; const F *add = j->add + at;
+    if (w < 16 && j->add) add = memcpy(t, add, w*sizeof(F));
+    V y[2] = {outputs(j, o[r], c, unit[r], add), outputs(j, o[r] + 8, c + 8, unit[r], add + 8)};
+    memcpy(j->y + at, y, w < 16 ? w*sizeof(F) : sizeof y);
+  }
 }
 """
 
 # %% ../nbs/44a_exactlm.ipynb #370a1a5d
 _JOB_C = """
 static void rows(const Job *j, N from, N n, char *q, F *unit, F *t) { // t: room for one input
-  N per = j->deep ? 4 : 2, K = (j->K + per - 1)/per, step = 4*K; I o[R][16];
+  N per = j->deep ? 4 : 2, K = (j->K + per - 1)/per, step = 4*K;
   for (N i = 0; i < n; i++) {
     const F *x = j->x + (from + i)*j->K; char *to = q + i*step;
     if (j->eps >= 0) { norm(x, j->K, j->eps, j->gain, t); x = t; }
     memset(to, 0, step); unit[i] = whole(x, j->K, j->most, (int16_t*)to, j->deep ? (uint8_t*)to : 0);
   }
-  for (N c = 0; c < j->C; c += 16) for (N i = 0; i < n; i += R) {
-    N m = n - i < R ? n - i : R;
-    tile(q + i*step, step, m, j->w + c*K, K, j->deep, o);
-    for (N r = 0; r < m; r++) outputs(j, o[r], from + i + r, c, unit[i + r]);
+  for (N c = 0; c < j->C; c += 16) for (N i = 0; i < n; i += R) switch (n - i) {
+    #define CASE(m) part(j, q + i*step, step, m, c, K, from + i, unit + i); break;
+    case 1: CASE(1) case 2: CASE(2) case 3: CASE(3) case 4: CASE(4) default: CASE(R)
   }
 }
 """
@@ -184,7 +207,7 @@ static void rows(const Job *j, N from, N n, char *q, F *unit, F *t) { // t: room
 # %% ../nbs/44a_exactlm.ipynb #52b213f3
 _ALL_C = """
 void linear(const Job *j) {
-  N block = 48, step = 4*j->K, n = (j->M + block - 1)/block;
+  N block = 50, step = 4*j->K, n = (j->M + block - 1)/block;
   #pragma omp parallel for num_threads(j->threads) if(j->threads > 1)
   for (N i = 0; i < n; i++) {
     char *q = aligned_alloc(64, (block*step + 4*block + 4*j->K + 255)/64*64); F *unit = (F*)(q + block*step);
@@ -212,15 +235,17 @@ static inline F plus(F x) {
 
 # %% ../nbs/44a_exactlm.ipynb #8d1d251f
 _CFC_C = """
-void cfc(const F *r, const F *u, const F *dt, F *h, F *out, N B, N T, N C, N threads) {
-  #pragma omp parallel for num_threads(threads) if(threads > 1)
-  for (N b = 0; b < B; b++) for (N t = 0; t < T; t++) {
-    const F *restrict rt = r + (b*T + t)*C, *restrict ut = u + (b*T + t)*C, *restrict d = dt; F *restrict s = h + b*C;
+typedef struct { const F *r, *u, *dt; F *h, *y; N B, T, C, threads; } Flow;
+void cfc(const Flow *f) {
+  N T = f->T, C = f->C;
+  #pragma omp parallel for num_threads(f->threads) if(f->threads > 1)
+  for (N b = 0; b < f->B; b++) for (N t = 0; t < T; t++) {
+    const F *restrict rt = f->r + (b*T + t)*C, *restrict ut = f->u + (b*T + t)*C, *restrict d = f->dt; F *restrict s = f->h + b*C;
     for (N c = 0; c < C; c++) {
       F rate = plus(rt[c]), keep = expo(-(rate*d[c])), in = ut[c]*((1.f - keep)/(rate + 1e-6f));
       s[c] = keep*s[c] + in;
     }
-    memcpy(out + (b*T + t)*C, s, C*sizeof(F));
+    memcpy(f->y + (b*T + t)*C, s, C*sizeof(F));
   }
 }
 """
@@ -265,17 +290,24 @@ static void dots(const int16_t *k, const int16_t *q, N S, I *o) {
   }
   _mm256_storeu_si256((__m256i*)o, a); _mm256_storeu_si256((__m256i*)(o + 8), b);
 }
-static void mixed(const int16_t *v, const int16_t *w, N n, N S, I *o) {
-  for (N i = 0; i < S; i += 8) {
-    __m256i a = LOAD(o + i);
-    for (N j = 0; j < n; j += 2) { I pair; memcpy(&pair, w + j, 4); SUM(a, _mm256_madd_epi16(_mm256_set1_epi32(pair), LOAD(v + j*S + 2*i))); }
-    _mm256_storeu_si256((__m256i*)(o + i), a);
+FIXED void columns(const int16_t *v, const int16_t *w, N n, N S, I *o, const int m) { // 8*m of them
+  __m256i a[4], b;
+  for (int c = 0; c < m; c++) a[c] = LOAD(o + 8*c);
+  for (N j = 0; j < n; j += 2) {
+    I pair; memcpy(&pair, w + j, 4); b = _mm256_set1_epi32(pair);
+    for (int c = 0; c < m; c++) SUM(a[c], _mm256_madd_epi16(b, LOAD(v + j*S + 16*c)));
   }
+  for (int c = 0; c < m; c++) _mm256_storeu_si256((__m256i*)(o + 8*c), a[c]);
 }
 """
 
 # %% ../nbs/44a_exactlm.ipynb #057063c6
-_SLOW_C = """
+_MIXED_C = """
+static void mixed(const int16_t *v, const int16_t *w, N n, N S, I *o) {
+  N i = 0;
+  for (; i + 32 <= S; i += 32) columns(v + 2*i, w, n, S, o + i, 4);
+  for (; i < S; i += 8) columns(v + 2*i, w, n, S, o + i, 1);
+}
 #else
 static void dots(const int16_t *k, const int16_t *q, N S, I *o) {
   memset(o, 0, 16*sizeof(I));
@@ -334,15 +366,23 @@ void attend(const Look *l) {
     for (N h = 0; h < l->H; h++) look(l, b, h, t);
   }
 }
+typedef struct { N kind; const void *what; } Call;
+void run(const Call *c, N n) {
+  for (N i = 0; i < n; i++) if (c[i].kind == 0) linear(c[i].what); else if (c[i].kind == 1) cfc(c[i].what); else attend(c[i].what);
+}
 """
 
 # %% ../nbs/44a_exactlm.ipynb #7d8b70d6
-_EXACT_C = _BASE_C + _GRID_C + _EXP_C + _CFC_C + _ROW_C + _TILE_C + _PLAIN_C + _LINEAR_C + _JOB_C + _ALL_C + _STORE_C + _KEEP_C + _DOT_C + _SLOW_C + _LOOK_C + _MIX_C + _ATTEND_C
+_EXACT_C = (_BASE_C + _GRID_C + _EXP_C + _CFC_C + _ROW_C + _SUM_C + _TILE_C + _PLAIN_C + _LINEAR_C + _PART_C + _JOB_C + _ALL_C +
+            _STORE_C + _KEEP_C + _DOT_C + _MIXED_C + _LOOK_C + _MIX_C + _ATTEND_C)
 
 def _fields(**kinds): return [(n, getattr(ctypes, f'c_{k}')) for k,names in kinds.items() for n in names.split()]
-class _Job(ctypes.Structure): _fields_ = _fields(void_p='x gain add scale bias w shift y', longlong='M K C deep square threads', double='eps', float='most')
+class _Job(ctypes.Structure):
+    _fields_, call, reads = _fields(void_p='x gain add scale bias w shift y', longlong='M K C deep square threads', double='eps', float='most'), 'linear', 'x add'
+class _Flow(ctypes.Structure): _fields_, call, reads = _fields(void_p='r u dt h y', longlong='B T C threads'), 'cfc', 'r u'
 class _Look(ctypes.Structure):
     _fields_ = _fields(void_p='q kv turn K V ku vu y', longlong='B T H G S cap at window norm threads', float='scale eps most')
+    call, reads = 'attend', 'q kv'
 
 def _at(t): return None if t is None else t.data_ptr()
 
@@ -367,6 +407,11 @@ def _kernels(): # the library, or None: no compiler, or one that fuses
     lib.probe(*(ctypes.c_void_p(_at(t)) for t in (x, y)), ctypes.c_longlong(1000))
     return lib if torch.equal(y, want) else None
 
+_TAPE = None
+def _call(what, *tensors): # computes in C; a tape notes what was computed and holds what it points at
+    getattr(_kernels(), what.call)(ctypes.byref(what))
+    if _TAPE is not None: _TAPE.append((type(what).from_buffer_copy(what), tensors))
+
 # %% ../nbs/44a_exactlm.ipynb #f14a9ff8
 @patch
 def _prepared(self:ExactLinear): # what the C code needs, made at the first call
@@ -376,8 +421,8 @@ def _prepared(self:ExactLinear): # what the C code needs, made at the first call
     p = F.pad(n, (0, -K % per, 0, -rows % 16))
     w = p.view(len(p)//16, 16, -1, per).transpose(1, 2).to(torch.int8 if deep else torch.int16).contiguous()
     shift = (128*p.sum(1)).int() if deep else torch.zeros(len(p), dtype=torch.int32)
-    scale, bias = self.scale.contiguous(), self.bias
-    self.kept = w, shift, scale
+    scale, bias = (t if t is None else F.pad(t, (0, -rows % 16)).contiguous() for t in (self.scale, self.bias))
+    self.kept = w, shift, scale, bias
     return _Job(scale=_at(scale), bias=_at(bias), w=_at(w), shift=_at(shift), K=K, C=rows, deep=deep, most=self.most)
 
 @patch
@@ -387,7 +432,7 @@ def _compiled(self:ExactLinear, x, norm, square, add):
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], j.C)
     j.eps, gain = norm or (-1., None)
     j.x, j.y, j.add, j.gain, j.M, j.square, j.threads = _at(x), _at(y), _at(add), _at(gain), x.numel()//j.K, square, torch.get_num_threads()
-    _kernels().linear(ctypes.byref(j))
+    _call(j, x, y, add)
     return y
 
 # %% ../nbs/44a_exactlm.ipynb #bb33cbd0
@@ -400,6 +445,7 @@ class ExactGQA(nn.Module):
         super().__init__()
         self.q, self.kv, self.o = (ExactLinear(x, bits) for x in (m.q, m.kv, m.o))
         for k in 'heads kv_heads size window scale qk_norm rope_base'.split(): setattr(self, k, getattr(m, k))
+        self.state_bytes = m.kv_heads*m.window*(4*m.size + 8)        # of one text
         self.most = 2.**int(log2((2**29 - 1)/self.size)/2)           # sums of size products stay below 2^31
 
     def forward(self, x, norm=None, state=None, add=None):
@@ -431,7 +477,7 @@ def _ring(self:ExactGQA, q, kv, state): # the state: a list of rings and the pos
     if at != done: raise ValueError('this state was continued before, and attention has gone on; keep a deepcopy to branch')
     turn = _turning(at, T, S//2, self.rope_base).transpose(0, 1).flatten(1).contiguous()
     l = _Look(*map(_at, (q, kv, turn, *rings, y)), B, T, self.heads, G, S, cap, at, self.window, self.qk_norm, torch.get_num_threads(), self.scale, _EPS, self.most)
-    _kernels().attend(ctypes.byref(l))
+    _call(l, q, kv, turn, *rings, y)
     rings = state[0][:-1] if state else rings
     if state: state[0][-1] = at + T
     return y, (state[0] if state else [*rings, at + T], at + T)
@@ -444,6 +490,7 @@ class ExactCfC(nn.Module):
         super().__init__()
         self.rate, self.drive, self.out = (ExactLinear(x, bits) for x in (m.rate, m.drive, m.out))
         self.register_buffer('dt', exact_exp(m.log_dt.detach()))
+        self.state_bytes = 4*len(self.dt)
 
     def forward(self, x, norm=None, state=None, add=None):
         h = x.new_zeros(len(x), x.shape[2]) if state is None else state.clone()
@@ -454,7 +501,7 @@ class ExactCfC(nn.Module):
 @patch
 def _compiled(self:ExactCfC, r, u, h):
     y = torch.empty_like(r)
-    _kernels().cfc(*(ctypes.c_void_p(_at(t)) for t in (r, u, self.dt, h, y)), *map(ctypes.c_longlong, (*r.shape, torch.get_num_threads())))
+    _call(_Flow(*map(_at, (r, u, self.dt, h, y)), *r.shape, torch.get_num_threads()), h, r, u, y)
     return h, y
 
 @patch
@@ -484,6 +531,7 @@ class ExactRecursive(nn.Module):
     def __init__(self, m, bits):
         super().__init__()
         self.mixer, self.mlp, self.depth = exact_layer(m.mixer, bits), ExactMLP(m.mlp, bits), m.depth
+        self.state_bytes = m.depth*self.mixer.state_bytes
 
     def forward(self, x, norm=None, state=None, add=None):
         seen, new = exact_norm(x, *norm) if norm else x, []
@@ -517,6 +565,7 @@ class ExactDamped(nn.Module):
         super().__init__()
         self.step, self.drive, self.out = (ExactLinear(x, bits) for x in (m.step, m.drive, m.out))
         for k in ('half_life', 'period'): self.register_buffer(k, exact_exp(-getattr(m, f'log_{k}').detach()))
+        self.state_bytes = 8*len(self.period)
 
     def forward(self, x, norm=None, state=None, add=None):
         log_r = -exact_softplus(self.step(x, norm))*self.half_life
@@ -550,6 +599,7 @@ class ExactDelta(nn.Module):
         if m.turn: raise ValueError('memories with turning heads have no canonical form; use turn=0')
         self.qkv, self.control, self.out = (ExactLinear(x, bits) for x in (m.qkv, m.control, m.out))
         self.heads, self.size, self.strength, self.real = m.heads, m.size, m.strength, m.real
+        self.state_bytes = 4*m.heads*m.size*((m.size if m.real else m.size//2) + 9)
         for k in ('conv', 'fade', 'write'): self.register_buffer(k, getattr(m, k).detach().float())
 
 # %% ../nbs/44a_exactlm.ipynb #2159bcb4
@@ -608,7 +658,7 @@ class ExactLM(nn.Module):
         self.norms = [tuple(map(_norm_of, (b.mixer_norm, b.mlp_norm or lm.norm))) for b in lm.blocks] + [_norm_of(lm.norm)]
         self.mixers = nn.ModuleList(exact_layer(b.mixer, self.bits) for b in lm.blocks)
         self.mlps = nn.ModuleList(b.mlp and exact_layer(b.mlp, self.bits) for b in lm.blocks)
-        self.head = ExactLinear(lm.head, self.bits)
+        self.head, self.state_bytes = ExactLinear(lm.head, self.bits), sum(m.state_bytes for m in self.mixers) # of one text
         self.requires_grad_(False)
 
 # %% ../nbs/44a_exactlm.ipynb #337583f1
@@ -619,9 +669,69 @@ def forward(self:ExactLM,
     state=None  # what an earlier call returned, to continue its text once; None starts a new one
 ) -> tuple:     # (logits float32 [batch, time, vocab], state)
     "Predict the next token at every position"
-    x, new = self.table[ids], []
+    return self._layers(self.table[ids], state)
+
+@patch
+def _layers(self:ExactLM, x, state):
+    new = []
     for (first, second), mixer, mlp, s in zip(self.norms, self.mixers, self.mlps, state or [None]*len(self.mixers)):
         x, s = mixer(x, first, s, x)
         if mlp is not None: x = mlp(x, second, x)
         new.append(s)
     return self.head(x, self.norms[-1]), new
+
+# %% ../nbs/44a_exactlm.ipynb #17873c59
+class _Call(ctypes.Structure): _fields_ = _fields(longlong='kind', void_p='what')
+_KINDS = _Job, _Flow, _Look
+
+def _closed(tape, x, logits): # does every call read only what one before it wrote?
+    made = {_at(x), None}
+    for job,_ in tape:
+        if not {getattr(job, k) for k in job.reads.split()} <= made: return False
+        made.add(job.y)
+    return _at(logits) in made
+
+def _taped(lm, x): # reads x once from the start -> logits, the calls with what they point at
+    global _TAPE
+    _TAPE = []
+    try: return lm._layers(x, None)[0], _TAPE
+    finally: _TAPE = None
+
+# %% ../nbs/44a_exactlm.ipynb #b0ee49bb
+class Replay:
+    "Texts that one call of compiled code reads on, side by side; made by `replay`"
+    def __init__(self, lm, x, logits, tape):
+        self.table, self.x, self.logits, self.tape, self.at, self.base = lm.table, x, logits, tape, 0, lm.config.rope_base
+        for job,tensors in tape:
+            if isinstance(job, _Flow): tensors[0].zero_()
+        self.calls = (_Call*len(tape))(*[_Call(_KINDS.index(type(j)), ctypes.addressof(j)) for j,_ in tape])
+        self.looks = [j for j,_ in tape if isinstance(j, _Look)]
+
+    @torch.inference_mode()
+    def __call__(self,
+        ids:Tensor # int64 [batch, time], each < vocab; `time` as it was made for
+    ) -> Tensor:   # logits float32 [batch, time, vocab], overwritten by the next call
+        "Read on"
+        torch.index_select(self.table, 0, ids.flatten(), out=self.x.view(-1, self.x.shape[-1]))
+        self._place()
+        self.at += ids.shape[1]
+        _kernels().run(self.calls, ctypes.c_longlong(len(self.calls)))
+        return self.logits
+
+# %% ../nbs/44a_exactlm.ipynb #9d99a515
+@patch
+def _place(self:Replay): # tells attention where it is
+    if self.looks and self.at % 256 == 0:
+        self.turn = _turn_block(self.at//256, self.looks[0].S//2, self.base).transpose(0, 1).flatten(1).contiguous()
+    for l in self.looks: l.at, l.turn = self.at, _at(self.turn) + self.at % 256*l.S*4
+
+@torch.inference_mode()
+def replay(
+    lm:ExactLM, # the model
+    batch:int,  # texts side by side
+    time:int    # tokens of each per call; a power of two, 256 at most
+) -> Replay|None: # None where the model is not on the CPU, not compiled, or not of such layers alone
+    "A reader of texts from their start, the same bits as the model's"
+    x = lm.table.new_zeros(batch, time, lm.config.dim)
+    logits, tape = _taped(lm, x)
+    return Replay(lm, x, logits, tape) if _closed(tape, x, logits) else None

@@ -85,7 +85,7 @@ def test_the_model_is_used():
 
 
 def test_threads_roads_and_lanes_write_one_file(monkeypatch):
-    monkeypatch.setattr(coder, '_cut', lambda n: (5, -(-n//5)))
+    monkeypatch.setattr(coder, '_cut', lambda n, exact: (5, -(-n//5)))
     ids, before, got = TOK.encode(TEXT[:603]), torch.get_num_threads(), []
     try:
         for n in (1, 2):
@@ -136,8 +136,38 @@ def test_forged_files_end_in_one_sentence(at, new):
 def test_a_proof_holds_and_a_bad_one_does_not():
     p = prove(LM0, TOK, TEXT[:6000])
     assert p.same and p.holds and p.bytes == 6000 and abs(p.gap) < .002
-    assert not coder.Proof(False, 2., 2., 1, 1000).holds and not coder.Proof(True, 2.1, 2., 1, 10000).holds
-    with pytest.raises(ValueError, match='1 byte'): prove(LM0, TOK, b'')
+    Proof = coder.Proof
+    assert not Proof(False, 2., 2., 1, 1000, 2.).holds
+    for coded in (2.1, 1.9): assert not Proof(True, coded, 2., 1, 10000, 2.).holds
+    assert Proof(True, 1.9, 2., 1, 10000, 1.9).foreign and not Proof(True, 1.9, 2., 1, 10000, 1.95).foreign
+
+
+def test_a_text_that_the_model_thinks_impossible(): # a table asks no more than 24 bits for a token, so the file proves no such score
+    lm = LM(LMConfig(layout='CfC', dim=16))
+    torch.nn.init.normal_(lm.head.weight, std=20.)
+    p = prove(frozen_copy(lm), TOK, TEXT[:3000])
+    assert p.same and p.coded < 25 < p.score and p.foreign and not p.holds
+
+
+def test_lanes_take_no_more_memory_than_they_may():
+    for lm in (LM0, model(layout='Recursive', depth=2, kv_heads=2), model(layout='Damped, Delta', window=16)): # what a state really takes
+        e, count = ExactLM(lm), lambda s: sum(map(count, s)) if isinstance(s, (list, tuple)) else s.nbytes if isinstance(s, torch.Tensor) else 0
+        _, state = e(torch.zeros(3, 40, dtype=torch.long))
+        assert 3*e.state_bytes*.8 <= count(state) <= 3*e.state_bytes*4
+    block = ExactLM(model(layout='GQA', dim=576, heads=9, kv_heads=3, window=2048)).state_bytes                # of SmolLM2-135M, which has 30
+    for lanes, n in ((128, e.state_bytes), (5, 30*block), (1, 4*30*block), (1, 2**40)):
+        e.state_bytes = n
+        assert _cut(2**24, e) == (lanes, 2**24//lanes + (2**24 % lanes > 0))
+    assert [_cut(n, e) for n in (1, 4096, 9000)] == [(1, 1), (1, 4096), (1, 9000)]
+
+
+def test_a_model_of_large_state_keeps_few_lanes(monkeypatch):
+    monkeypatch.setattr(coder, '_STATE', 3*ExactLM(LM0).state_bytes)
+    monkeypatch.setattr(coder, '_LANE', 100)
+    ids = TOK.encode(TEXT[:1003])
+    stream = encode_tokens(ExactLM(LM0), TOK, ids)
+    assert _cut(1003, ExactLM(LM0)) == (3, 335) and np.array_equal(decode_tokens(ExactLM(LM0), TOK, stream, 1003), ids)
+    with uncompiled(): assert encode_tokens(ExactLM(LM0), TOK, ids) == stream
 
 
 def test_the_encoder_refuses_a_model_without_numbers():
