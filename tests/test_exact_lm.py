@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from pi2nb import exactlm
 from pi2nb.exact import exact_attention, exact_norm, exact_product, power_grid, whole_grid
-from pi2nb.exactlm import ExactLinear, ExactLM, exact_layer, uncompiled
+from pi2nb.exactlm import ExactLinear, ExactLM, exact_layer, replay, uncompiled
 from pi2nb.memory import SlotMemory
 from pi2nb.model import LM, recipe
 from pi2nb.quantlinear import QuantLinear, frozen_copy
@@ -79,6 +79,22 @@ def test_close_to_the_float_model(model):
     got = e(IDS[:2])[0]
     assert (got - want).square().mean() < .02*want.square().mean()
     assert not torch.equal(got, want)
+
+
+def test_one_call_for_all_layers_gives_the_same_bits(request, model):
+    _, e = model
+    taped = request.node.callspec.params['model'] in ('q2', 'pi2', 'ghost', 'tied', 'ternary')
+    for n in (1, 2, 16):
+        r = replay(e, 2, n)
+        assert (r is not None) == taped
+        if r: assert torch.equal(torch.cat([r(p).clone() for p in IDS[:2, :64].split(n, 1)], 1), e(IDS[:2, :64])[0])
+
+
+def test_a_replay_goes_on_past_a_block_of_angles():
+    e = ExactLM(filled('q2'))
+    ids = torch.randint(0, 256, (1, 600), generator=torch.Generator().manual_seed(3))
+    r = replay(e, 1, 8)
+    assert torch.equal(torch.cat([r(p).clone() for p in ids.split(8, 1)], 1), e(ids)[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
