@@ -13,12 +13,11 @@ from math import isqrt
 from inspect import signature
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch import nn, Tensor
 import torch.nn.functional as F
 from fastcore.basics import patch
 from .registry import Registry
-from .quantlinear import QuantLinear, _leaf_of, hold_integers
+from .quantlinear import QuantLinear, _leaf_of, _whole, hold_integers
 from .ghost import FloatCount, apply_votes, cast_votes, ordered_dither
 
 # %% ../nbs/60_optim.ipynb #c010
@@ -56,14 +55,18 @@ def _evened(u, seen, memory): # rows of an update over their running root mean s
     v = u*seen.clamp(min=1e-12).rsqrt()
     return v*(u.norm()/v.norm().clamp(min=1e-12))
 
+def _part_of(x, p): # what this worker holds of `x`, where several hold `p` in parts; see chapter 60b
+    if not hasattr(p, 'device_mesh'): return x
+    from torch.distributed.tensor import distribute_tensor             # only now: it takes a second
+    return distribute_tensor(x.to(p.device).contiguous(), p.device_mesh, p.placements)
+
 @patch
 def _apply(self:Muon, items, gr): # matrices of one shape: one batched iteration, then a step each
     us = newton_schulz(torch.stack([u for _,u,_ in items]).to(gr['dtype']), gr['steps'])
     for (p, _, tall), u in zip(items, us):
         u = (u.T if tall else u).to(p.dtype)
         if gr['rows']: u = _evened(u, self.state[p].setdefault('rows', u.new_zeros(len(u), 1)), gr['rows'])
-        if isinstance(p, DTensor): u = distribute_tensor(u.contiguous(), p.device_mesh, p.placements)  # this worker's part of it
-        p.add_(u, alpha=-gr['lr']*max(1, p.shape[0]/p.shape[1])**.5)
+        p.add_(_part_of(u, p), alpha=-gr['lr']*max(1, p.shape[0]/p.shape[1])**.5)
 
 # %% ../nbs/60_optim.ipynb #2c13cb7b
 @patch
@@ -76,8 +79,7 @@ def step(self:Muon):
             if p.grad is None: continue
             buf = self.state[p].setdefault('momentum', torch.zeros_like(p))
             buf.lerp_(p.grad, 1-gr['momentum'])
-            u = p.grad.lerp(buf, gr['momentum'])
-            if isinstance(u, DTensor): u = u.full_tensor()             # a direction needs the whole matrix
+            u = _whole(p.grad.lerp(buf, gr['momentum']))               # a direction needs the whole matrix
             tall = p.shape[0] > p.shape[1]
             stacks.setdefault(tuple(sorted(p.shape)), []).append((p, u.T if tall else u, tall))
         for (r, c), items in stacks.items():

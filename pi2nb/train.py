@@ -402,12 +402,13 @@ def _bar(self:Trainer, show): # a progress bar over steps or seconds
 def tracker(
     project:str,   # what it is filed under
     name:str,      # of the run
-    settings:dict  # of the run
+    settings:dict, # of the run
+    goes_on:bool   # does it go on from a checkpoint
 ):
     "A run of trackio, which has the interface of Weights & Biases; raises ImportError if it is not installed"
     try: import trackio as wandb
     except ImportError: raise ImportError('tracking needs a package that is not here: run pip install trackio, or leave out --track') from None
-    return wandb.init(project=project, name=name, config=settings)
+    return wandb.init(project=project, name=name, config=settings, resume='allow' if goes_on else 'never')
 
 @patch
 def _gather_up(self:Trainer): # after the run: an ordinary model again
@@ -444,10 +445,12 @@ def fit(self:Trainer,
 ):
     "Train to the end; raises `Interrupted` if asked to stop, `DeadRun` if nothing is learned, `WorkerLost` if another worker has gone"
     if not self.rank: self._open_log()
-    self.tracker = tracker(track, self.out.name, asdict(self.cfg)) if track and not self.rank else None
+    self.tracker = tracker(track, self.out.name, asdict(self.cfg), self.step > 0) if track and not self.rank else None
     self.stopped = self.asked = False
-    with _graceful(self), self._bar(show and not self.rank) as bar, together(lambda: self.saved): self._go(bar)
-    if self.tracker: self.tracker.finish()
+    try:
+        with _graceful(self), self._bar(show and not self.rank) as bar, together(lambda: self.saved): self._go(bar)
+    finally:
+        if self.tracker: self.tracker.finish()
     if self.stopped: raise Interrupted(f'stopped after step {self.step} and saved')
     if self.parts or self.cfg.compile: self._gather_up()
 

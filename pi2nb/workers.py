@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['join_workers', 'shard', 'whole', 'part_of', 'WorkerLost', 'together']
 
-# %% ../nbs/60b_workers.ipynb #ef1cb037
+# %% ../nbs/60b_workers.ipynb #3de8d281
 import atexit, os, warnings
 from contextlib import contextmanager
 import torch, torch.distributed as dist
 from torch import nn, Tensor
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
+from .optim import _part_of
+from .quantlinear import _whole
 
-# %% ../nbs/60b_workers.ipynb #d8ac59f0
+# %% ../nbs/60b_workers.ipynb #e59658f9
 def join_workers(
     device:torch.device # where this worker computes
 ) -> tuple:             # (its number, how many there are)
@@ -26,7 +26,7 @@ def join_workers(
         atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
-# %% ../nbs/60b_workers.ipynb #70a9bf16
+# %% ../nbs/60b_workers.ipynb #9273b221
 def shard(
     lm:nn.Module,        # a model with `blocks`, its weights floats and the same on all workers; changed in place
     device:torch.device  # where this worker computes
@@ -34,6 +34,7 @@ def shard(
     "Let every worker keep only its part of each parameter, gradient and optimizer state, by PyTorch's FSDP2"
     if not all(p.is_floating_point() for p in lm.parameters()):
         raise ValueError('integer weights are added up exactly and not shared out; set shard=False')
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')   # nothing here changes a view in place
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     for unit in [*lm.blocks, lm]: fully_shard(unit, mesh=mesh)
@@ -44,17 +45,16 @@ def whole(
     tree # tensors, some of them in parts, in dicts and lists
 ) -> object: # the same with whole tensors
     "Put together what lies in parts; all workers have to call it together"
-    return tree_map(lambda x: x.detach().full_tensor() if isinstance(x, DTensor) else x, tree)
+    return tree_map(lambda x: _whole(x.detach()) if isinstance(x, Tensor) else x, tree)
 
 def part_of(
     x,       # a whole tensor, or anything else
     p:Tensor # a parameter
 ) -> object: # this worker's part, if `p` lies in parts and `x` is of its shape
     "The opposite of `whole`"
-    fits = isinstance(p, DTensor) and isinstance(x, Tensor) and x.shape == p.shape
-    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements) if fits else x
+    return _part_of(x, p) if isinstance(x, Tensor) and x.shape == getattr(p, 'shape', None) else x
 
-# %% ../nbs/60b_workers.ipynb #962794b7
+# %% ../nbs/60b_workers.ipynb #c12658be
 class WorkerLost(ConnectionError):
     "Another worker of this run has gone; the message says how to go on"
 
