@@ -150,6 +150,11 @@ def _train(cfg, out, device, resume, twin, track): # twin: the settings of the f
     print('\nwrote     ' + ', '.join(str(out/n) for n in names))
     print(f'next      pi2 generate {out}/model.q2bin --prompt "To be, or"')
 
+# %% ../nbs/70_cli.ipynb #317a7786
+def _dynamic(lm, tok, held): # prints the column that is kept apart
+    from pi2nb.dynamic import dynamic_bits
+    print(f'{dynamic_bits(lm, tok, held).bpb:.4f} bits per byte   dynamic: 128 tokens are scored, then scales, norms and vectors learn from them')
+
 # %% ../nbs/70_cli.ipynb #c013
 @app.command()
 def eval(
@@ -163,6 +168,8 @@ def eval(
         help='show what simple models and compressors reach on the same bytes')] = True,
     prove:Annotated[bool, typer.Option('--prove',
         help='code the text (1 MiB of it at most) with the model, decode it again, and compare its size with the score')] = False,
+    dynamic:Annotated[bool, typer.Option('--dynamic',
+        help='also score a copy whose scales and norms learn from each chunk after it was scored: a column of its own')] = False,
     device:Device = 'auto'
 ):
     "Score a model file on a text, in bits per byte."
@@ -178,6 +185,7 @@ def eval(
     score = bits_per_byte(lm, tok, held, chunk=chunk, stride=stride)
     print(f'{score.bpb:.4f} bits per byte   {file.name} on {corpus.name} '
           f'({part}, {score.bytes:,} bytes, {score.nats_per_token:.4f} nats per token)')
+    if dynamic: _dynamic(lm, tok, held)
     if baseline and part in ('valid', 'test'):
         for name, v in baselines(corpus.train, held).items(): print(f'{v:.4f} bits per byte   {name}')
     if prove: _prove(lm, tok, held)

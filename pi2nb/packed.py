@@ -50,7 +50,7 @@ class PackedWeight(nn.Module):
     ):
         super().__init__()
         if len(c.shape) != 2: raise ValueError(f'a layer has a matrix of weights, not a tensor of shape {c.shape}; reshape it first')
-        self.code, self.shape, self.dtype = c.code, c.shape, dtype
+        self.code, self.shape, self.dtype = c.code, c.shape, dtype if dtype.is_floating_point else torch.float32 # of a layer that holds integers
         self.register_buffer('symbols', c.code.pack(c.z))
         if magnitudes: self.scales = nn.Parameter(c.s.float())
         else: self.register_buffer('scales', c.s.clone())
