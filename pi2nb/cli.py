@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'File', 'Data', 'Device', 'Seed', 'Model', 'Out', 'main', 'train', 'eval', 'generate', 'inspect', 'recipes',
-           'quantize', 'export', 'compress', 'decompress']
+           'quantize', 'shard', 'export', 'compress', 'decompress']
 
 # %% ../nbs/70_cli.ipynb #c002
 import errno, os, shlex, sys
@@ -20,7 +20,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
          'Start with: pi2 train')
 
 File = Annotated[Path, typer.Argument(help='a .q2bin file', show_default=False)]
-_DATA = "'shakespeare', 'wikitext2', 'tinystories', a .txt, .jsonl or .parquet file or a folder of them, or hf:NAME[:CONFIG]"
+_TEXT = "'shakespeare', 'enwik8', 'wikitext2', 'tinystories', a .txt, .jsonl or .parquet file or a folder of them, hf:NAME[:CONFIG]"
+_DATA = f'{_TEXT}, stream:NAME for a large one, or a folder of shards (pi2 shard)'
 Data = Annotated[str, typer.Option(help=_DATA)]
 Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', or another torch device")]
 Seed = Annotated[int, typer.Option(help='of every choice that is left to chance', min=0, max=2**32-1)]
@@ -131,9 +132,9 @@ def train(
 
 # %% ../nbs/70_cli.ipynb #c011
 def _train(cfg, out, device, resume, twin, track): # twin: the settings of the float32 twin, or None
-    from pi2nb.corpus import load_corpus
+    from pi2nb.shards import open_corpus
     from pi2nb.train import Interrupted, report_text
-    corpus, other = load_corpus(cfg.data), None
+    corpus, other = open_corpus(cfg.data), None
     try:
         rep = _start_or_resume(resume, cfg, out, corpus, device, track=track)
         if twin:
@@ -151,6 +152,16 @@ def _train(cfg, out, device, resume, twin, track): # twin: the settings of the f
     print(f'next      pi2 generate {out}/model.q2bin --prompt "To be, or"')
 
 # %% ../nbs/70_cli.ipynb #317a7786
+def _part(corpus, part, tok): # what is scored: text, or shards that `tok` reads as they are
+    from pi2nb.shards import Packed, ShardCorpus, text_of
+    if isinstance(corpus, ShardCorpus) and not corpus.about: corpus.tokenizer(tok)
+    if part not in (*_PARTS, 'all'): raise ValueError(f"--part is {part!r}; choose 'train', 'valid', 'test' or 'all'")
+    held = [corpus.parts[p] for p in (_PARTS if part == 'all' else [part])]
+    if len(held) == 1 and isinstance(held[0], Packed) and held[0].tok == tok: return held[0]
+    return b''.join(map(text_of, held))
+
+_PARTS = 'train', 'valid', 'test'
+
 def _dynamic(lm, tok, held): # prints the column that is kept apart
     from pi2nb.dynamic import dynamic_bits
     print(f'{dynamic_bits(lm, tok, held).bpb:.4f} bits per byte   dynamic: 128 tokens are scored, then scales, norms and vectors learn from them')
@@ -173,22 +184,20 @@ def eval(
     device:Device = 'auto'
 ):
     "Score a model file on a text, in bits per byte."
-    from pi2nb.corpus import load_corpus
     from pi2nb.evaluate import baselines, bits_per_byte
     from pi2nb.q2bn import load_model
+    from pi2nb.shards import open_corpus, text_of
     from pi2nb.train import pick_device
     lm, tok, _ = load_model(file, device=pick_device(device))
-    corpus = load_corpus(data)
-    if part not in (*corpus.parts, 'all'):
-        raise ValueError(f"--part is {part!r}; choose 'train', 'valid', 'test' or 'all'")
-    held = b''.join(corpus.parts.values()) if part == 'all' else corpus.parts[part]
+    corpus = open_corpus(data)
+    held = _part(corpus, part, tok)
     score = bits_per_byte(lm, tok, held, chunk=chunk, stride=stride)
     print(f'{score.bpb:.4f} bits per byte   {file.name} on {corpus.name} '
           f'({part}, {score.bytes:,} bytes, {score.nats_per_token:.4f} nats per token)')
-    if dynamic: _dynamic(lm, tok, held)
+    if dynamic: _dynamic(lm, tok, text_of(held))
     if baseline and part in ('valid', 'test'):
-        for name, v in baselines(corpus.train, held).items(): print(f'{v:.4f} bits per byte   {name}')
-    if prove: _prove(lm, tok, held)
+        for name, v in baselines(text_of(corpus.train, 2**23), text_of(held, 2**23)).items(): print(f'{v:.4f} bits per byte   {name}')
+    if prove: _prove(lm, tok, text_of(held, 2**20))
 
 # %% ../nbs/70_cli.ipynb #c014
 @app.command()
@@ -251,6 +260,10 @@ def _fresh(out): # ValueError, before any work, where nothing can be written or 
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f'nothing can be written in {out.parent}; give another name with -o')
 
+def _bar(total, unit='token'): # progress on standard error, where a person watches it
+    from tqdm import tqdm
+    return tqdm(total=total, unit=unit, unit_scale=True, leave=False, disable=None).update
+
 # %% ../nbs/70_cli.ipynb #dcdb1243
 @app.command()
 def quantize(
@@ -262,7 +275,7 @@ def quantize(
     method:Annotated[str, typer.Option(help='how weights find their level: round, or compensate, which looks at the training part of --data')] = 'round',
     rotate:Annotated[bool, typer.Option('--rotate', help='mix 64 neighbours before the code')] = False,
     steps:Annotated[int, typer.Option('--heal', help='then distil the float model into the scales for so many steps', min=0)] = 0,
-    data:Annotated[Optional[str], typer.Option(help=f'score on the held-out part of a text, before and after: {_DATA}', show_default=False)] = None,
+    data:Annotated[Optional[str], typer.Option(help=f'score on the held-out part of a text, before and after: {_TEXT}', show_default=False)] = None,
     windows:Annotated[int, typer.Option(help='how many windows of 512 tokens to score', min=1)] = 4,
     tokenizer:Annotated[Optional[Path], typer.Option(help='where the tokenizer is, if not beside the model', show_default=False)] = None
 ):
@@ -280,6 +293,23 @@ def quantize(
                                     corpus and corpus.train, windows, tokenizer=tokenizer))
     print(f'next      pi2 generate {output} --prompt "Once upon a time"\n'
           f'          pi2 eval {output} --data FILE --chunk {report.window} --stride {max(1, report.window//2)}   (it knows texts of {report.window:,} tokens)')
+
+# %% ../nbs/70_cli.ipynb #2c1c3baf
+@app.command()
+def shard(
+    data:Annotated[str, typer.Argument(help=f'what to read: {_TEXT}, or stream:NAME for a large one', show_default=False)],
+    output:Annotated[Path, typer.Option('--output', '-o', help='the folder to write', show_default=False)],
+    tokenizer:Annotated[str, typer.Option(help="'bytes', a kind and a size such as 'bpe-8192', learned from the text, or a SentencePiece .model")] = 'bytes',
+    name:Annotated[str, typer.Option(help='of the text: files are called NAME_train_000000.bin and so on')] = 'text',
+    limit:Annotated[Optional[int], typer.Option(help='stop after so many bytes of training text  [default: all of it]', min=1)] = None
+):
+    "Turn a text into tokens on disk, for pi2 train --data FOLDER."
+    from pi2nb.shards import open_corpus, write_shards
+    _fresh(output)
+    corpus = open_corpus(data)
+    about = write_shards(corpus, corpus.tokenizer(tokenizer), output, name, limit=limit, progress=_bar(None, 'B'))
+    for k,p in about['parts'].items(): print(f"{k:5} {p['tokens']:13,} tokens, {p['bytes']:13,} bytes of text, {p['documents']:,} documents in {len(p['files'])} files")
+    print(f'next  pi2 train --data {output}')
 
 # %% ../nbs/70_cli.ipynb #499b2581
 @app.command()
@@ -302,10 +332,6 @@ def export(
     print(f'read from {file}: {file.stat().st_size:,} bytes')
 
 # %% ../nbs/70_cli.ipynb #8322efe0
-def _bar(total, unit='token'): # progress on standard error, where a person watches it
-    from tqdm import tqdm
-    return tqdm(total=total, unit=unit, unit_scale=True, leave=False, disable=None).update
-
 def _prove(lm, tok, text): # prints; exit 1 if the bytes do not come back, or the size is not the score
     from pi2nb.coder import prove, table_bits
     p = prove(lm, tok, text := text[:2**20], _bar(3*len(text), 'B'))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from glob import escape
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class Corpus:
     valid:bytes = field(repr=False) # to choose settings by
     test:bytes  = field(repr=False) # for the final figure only
     notes:str = ''                # how it was read and cut, for people
+    starts:dict = field(default_factory=dict, repr=False, compare=False) # part -> where its documents start; a missing part is one document
 
 # %% ../nbs/32_corpus.ipynb #c007
 @patch(as_prop=True)
@@ -64,6 +66,10 @@ def _cut_at(text, starts, want): # a place near `want`: a document start, else a
     while want < len(text) and text[want] & 0xC0 == 0x80: want += 1
     return want
 
+def _starts_of(pieces, starts): # where documents start, in each of the consecutive pieces of a text
+    ends = [0, *accumulate(map(len, pieces.values()))]
+    return {k: sorted({0, *(s - a for s in starts if a <= s < b)}) for k,a,b in zip(pieces, ends, ends[1:])}
+
 # %% ../nbs/32_corpus.ipynb #c016
 _SMALLEST = 1000 # bytes: a twentieth of less than this says nothing
 
@@ -80,10 +86,12 @@ def _assemble(name, docs, sep, limit, notes): # docs: part -> documents; parts t
     for k,(t,_) in texts.items():
         if not t: raise ValueError(f'{name}: the {k} part is empty; give it some text')
     missing = [k for k in ('valid', 'test') if k not in texts]
-    parts = {k: t for k,(t,_) in texts.items()} | _hold_out(name, *texts['train'], missing)
+    pieces = _hold_out(name, *texts['train'], missing)
+    parts  = {k: t for k,(t,_) in texts.items()} | pieces
+    starts = {k: s for k,(_,s) in texts.items()} | _starts_of(pieces, texts['train'][1])
     how = 'last twentieth of the text each: ' + ', '.join(missing) if missing else 'parts as they came'
     if limit: notes += f', at most {limit:,} bytes'
-    return Corpus(name, parts['train'], parts['valid'], parts['test'], f'{notes}; {how}')
+    return Corpus(name, parts['train'], parts['valid'], parts['test'], f'{notes}; {how}', starts)
 
 # %% ../nbs/32_corpus.ipynb #c020
 _PLAYS_VERSION = '3.0.0'
@@ -125,9 +133,9 @@ def _quiet_datasets(wanted=True): # no progress bars and no log lines from `data
 def _one_line(e): return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 # %% ../nbs/32_corpus.ipynb #c030
-def _batches(opener, where): # batches of rows {column: values} of what opener(datasets) gives
+def _batches(opener, where, size=100): # batches of rows {column: values} of what opener(datasets) gives
     import datasets
-    try: yield from opener(datasets).iter(100)
+    try: yield from opener(datasets).iter(size)
     except Exception as e: raise ValueError(f'{where} cannot be read: {_one_line(e)}') from e
 
 def _text_column(batch, column, where): # the column that holds the text; None if it is empty in this batch
@@ -203,11 +211,13 @@ def _hub_parts(name, config, where): # part -> a function that opens its stream
     return {k: v for k,v in parts.items() if k}
 
 # %% ../nbs/32_corpus.ipynb #c050
-_KNOWN = dict(wikitext2='hf:Salesforce/wikitext:wikitext-2-raw-v1', tinystories='hf:roneneldan/TinyStories')
+_KNOWN = dict(wikitext2='hf:Salesforce/wikitext:wikitext-2-raw-v1', wikitext103='hf:Salesforce/wikitext:wikitext-103-raw-v1',
+    tinystories='hf:roneneldan/TinyStories', fineweb='hf:HuggingFaceFW/fineweb:sample-10BT',
+    **{'fineweb-edu': 'hf:HuggingFaceFW/fineweb-edu:sample-10BT'})
 _STREAM_LIMIT = 64_000_000 # bytes of training text taken from a stream unless asked otherwise
 
 def load_corpus(
-    spec:str|Path,      # 'shakespeare', 'wikitext2', 'tinystories', a .txt, .jsonl or .parquet file, a folder of them, or 'hf:NAME[:CONFIG]'
+    spec:str|Path,      # 'shakespeare', 'enwik8', 'wikitext2', 'wikitext103', 'tinystories', 'fineweb', 'fineweb-edu', a .txt, .jsonl or .parquet file, a folder of them, or 'hf:NAME[:CONFIG]'
     column:str=None,    # the column of a table that holds the text; None: 'text', or the only one with strings
     limit:int=None,     # most bytes to take, a twentieth for held-out parts of the data; None: files whole, hf: 64 MB
     sep:bytes=b'\n'     # between two documents, where the first does not end with it
@@ -215,7 +225,7 @@ def load_corpus(
     "Text in three parts; raises FileNotFoundError, ConnectionError or ValueError, each with one sentence"
     s, kinds = str(spec), ', '.join(_READERS)
     if limit is not None and limit < 1: raise ValueError(f'limit is a number of bytes, at least 1, not {limit}')
-    if s == 'shakespeare': return _shakespeare(limit)
+    if s in ('shakespeare', 'enwik8'): return dict(shakespeare=_shakespeare, enwik8=_enwik8)[s](limit)
     if not Path(s).exists(): s = _KNOWN.get(s, s)                      # a folder of that name comes first
     if s.startswith('hf:'): return _load_hub(s, column, limit or _STREAM_LIMIT, sep)
     if not (path := Path(spec).expanduser()).exists():
@@ -233,19 +243,37 @@ def _load_path(spec, path, column, limit, sep): # a file or a folder
     with _quiet_datasets(any(_READERS[f.suffix.lower()] for f in files)):
         return _assemble(spec, docs, sep, limit, f'{len(files)} file{"s"*(len(files) > 1)}')
 
+def _hub_name(spec): # 'hf:NAME[:CONFIG]' -> (NAME, CONFIG or None); a folder may have a colon in its name
+    if Path(spec[3:]).exists(): return spec[3:], None
+    name, _, config = spec[3:].partition(':')
+    return name, config or None
+
 def _load_hub(spec, column, limit, sep): # 'hf:NAME[:CONFIG]'
-    name, config = spec[3:], None
-    if not Path(name).exists(): name, _, config = name.partition(':')
     with _quiet_datasets():
-        streams = _hub_parts(name, config or None, spec)
+        streams = _hub_parts(*_hub_name(spec), spec)
         docs = {k: _column_docs(_batches(lambda _,v=v: v, spec), column, spec) for k,v in streams.items()}
         return _assemble(spec, docs, sep, limit, 'streamed through datasets')
+
+# %% ../nbs/32_corpus.ipynb #13172d6a
+_ENWIK8 = 'hf://datasets/LTCB/enwik8@refs/convert/parquet/enwik8-raw/train/*.parquet' # one row
+_ENWIK8_SHA1 = '57b8363b814821dc9d47aa4d41f58733519076b2'
+
+def _enwik8(limit=None): # a file of that name, or from the hub; 90, 5 and 5 of every 100 bytes, as it is usually cut
+    if Path('enwik8').is_file(): text = Path('enwik8').read_bytes()
+    else:
+        _ask_hub('LTCB/enwik8')
+        opener = lambda ds: ds.load_dataset('parquet', data_files=_ENWIK8, split='train', streaming=True)
+        with _quiet_datasets(): text = b''.join(_column_docs(_batches(opener, 'enwik8'), None, 'enwik8'))
+    if hashlib.sha1(text).hexdigest() != _ENWIK8_SHA1: raise ValueError('this is not enwik8; put the file of that name here, unzipped')
+    a, b, most = len(text)*90//100, len(text)*95//100, limit or len(text)
+    small = max(1, most//20) if limit else most
+    return Corpus('enwik8', text[:a][:most], text[a:b][:small], text[b:][:small], 'the first bytes of Wikipedia; cut 90, 5, 5')
 
 # %% ../nbs/32_corpus.ipynb #c061
 class WindowSampler:
     "Batches of windows in an order that is a pure function of seed and step"
     def __init__(self,
-        ids:np.ndarray, # token ids [tokens], any integer type, also a memory map
+        ids,            # token ids [tokens]: an array or memory map of any integer type, or what has a length and slices that are arrays
         batch:int,      # windows per batch
         context:int,    # tokens per window
         seed:int=0      # 0 to 2**32 - 1
@@ -255,7 +283,7 @@ class WindowSampler:
         if len(ids) <= context:
             raise ValueError(f'{len(ids):,} tokens are too few for a window of {context:,} and the token after it; '
                              'use a smaller context or more text')
-        self.ids, self.batch, self.context, self.seed = np.asanyarray(ids), batch, context, seed
+        self.ids, self.batch, self.context, self.seed = ids, batch, context, seed
         self.n_windows = max(1, (len(ids) - context)//context) # fit behind every offset
         self._epochs = {} # the starts of the epochs asked for last
 
@@ -284,5 +312,5 @@ def batch_at(self:WindowSampler,
     step:int # number of the batch, from 0
 ) -> tuple[Tensor,Tensor]: # x and y, int64 [batch, context]; y is x one token later
     "Batch number `step`: asked twice, it is the same twice"
-    w = self.ids[self.window_starts(step)[:, None] + np.arange(self.context + 1)].astype(np.int64)
+    w = np.stack([self.ids[s:s + self.context + 1] for s in self.window_starts(step)]).astype(np.int64)
     return torch.from_numpy(w[:, :-1].copy()), torch.from_numpy(w[:, 1:].copy())

@@ -83,7 +83,7 @@ def _evaluating(lm): # evaluation mode, no gradients; gives the device to work o
 def token_nats(
     lm,               # lm(ids int64 [batch, time], state=None) -> (logits [batch, time, vocab], state)
     tokenizer,        # with `encode`, `n_bytes` and `bos`
-    data:bytes|str,   # the raw text
+    data:bytes|str,   # the raw text, or a `Packed` part of shards that the same tokenizer wrote
     chunk:int=1024,   # tokens given to the model at once
     stride:int=None,  # tokens between two windows when sliding; None: half a window
     reading:str=None, # 'stream', 'chunked' or 'sliding'; None: 'sliding' if a stride is given, else 'stream'
@@ -107,19 +107,20 @@ def _prepare(tokenizer, data, chunk, stride, reading, batch): # -> the row to fe
     if chunk < 1 or batch < 1: raise ValueError(f'chunk and batch are at least 1, not {chunk} and {batch}')
     stride = chunk if reading == 'chunked' else max(1, chunk//2) if stride is None else stride
     if not 1 <= stride <= chunk: raise ValueError(f'the stride must lie between 1 and the chunk {chunk}, not {stride}')
-    ids, n = np.asarray(tokenizer.encode(data)), len(_raw(data))
+    packed, n = hasattr(data, 'coded'), len(_raw(data))                # tokens already, see chapter 32a
     if not n: raise ValueError('there is no text to score; give at least one byte')
-    if (m := tokenizer.n_bytes(ids)) != n:
+    ids = np.asarray(data.coded[:] if packed else tokenizer.encode(data))
+    if not packed and (m := tokenizer.n_bytes(ids)) != n:
         raise ValueError(f'the {tokenizer.name} tokenizer changes the text: {n:,} bytes became {m:,}')
     return np.concatenate([np.array([tokenizer.bos], ids.dtype), ids]), reading, stride
 
-def _raw(data): return data.encode('utf-8', 'surrogateescape') if isinstance(data, str) else bytes(data)
+def _raw(data): return data.encode('utf-8', 'surrogateescape') if isinstance(data, str) else data if hasattr(data, 'coded') else bytes(data)
 
 # %% ../nbs/62_evaluate.ipynb #c025
 def bits_per_byte(
     lm,               # lm(ids int64 [batch, time], state=None) -> (logits [batch, time, vocab], state)
     tokenizer,        # with `encode`, `n_bytes` and `bos`
-    data:bytes|str,   # the raw text; all of it is scored, the first byte too
+    data:bytes|str,   # the raw text, or a `Packed` part; all of it is scored, the first byte too
     chunk:int=1024,   # tokens given to the model at once
     stride:int=None,  # tokens between two windows when sliding; None: half a window
     reading:str=None, # 'stream', 'chunked' or 'sliding'; None: 'sliding' if a stride is given, else 'stream'

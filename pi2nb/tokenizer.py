@@ -9,6 +9,7 @@ __all__ = ['TOKENIZERS', 'ByteTokenizer', 'register_tokenizer', 'tokenizer_from_
 # %% ../nbs/30_tokenizer.ipynb #c002
 import base64, io, re
 from itertools import chain
+from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from .registry import Registry
@@ -155,6 +156,8 @@ class UnigramTokenizer(PieceTokenizer):
         super().__init__([_sp_bytes(self._sp, i) for i in range(self._sp.get_piece_size())])
         if self.decode(self.encode(probe := ' ﬁ  x ')) != probe.encode(): raise ValueError('this SentencePiece model changes what it reads; train one with `train`')
 
+    @property
+    def bos(self): return self._sp.bos_id() if self._sp.bos_id() >= 0 else super().bos
     def to_dict(self): return dict(name=self.name, model=self.model)
 
 # %% ../nbs/30_tokenizer.ipynb #new12
@@ -195,19 +198,36 @@ class BPETokenizer(UnigramTokenizer):
 
 register_tokenizer(UnigramTokenizer); register_tokenizer(BPETokenizer);
 
+# %% ../nbs/30_tokenizer.ipynb #2ff89eac
+_UNTOUCHED = b'\x1a\x12\x0a\x08identity\x12\x00\x18\x00\x20\x00\x28\x01' # NormalizerSpec: name, no rules, no space in front, none removed, spaces escaped
+
+def _load_model(path): # the tokenizer in a SentencePiece file; ValueError if it is none
+    for end in (b'', _UNTOUCHED):                                      # one of ours is left as it is
+        try: tok = UnigramTokenizer(base64.b64encode(Path(path).read_bytes() + end).decode())
+        except ValueError as e: wrong = e
+        else: break
+    else: raise ValueError(f'{path}: {wrong}')
+    try: tok._sp.nbest_encode('a', nbest_size=1)                       # only the unigram model has a second best
+    except RuntimeError: return BPETokenizer(tok.model)
+    return tok
+
 # %% ../nbs/30_tokenizer.ipynb #new24
-def _tokenizer_spec(spec): # 'bpe-4096' -> ('bpe', 4096), 'bytes' -> ('bytes', None); ValueError on anything else
+def _tokenizer_spec(spec): # 'bpe-4096' -> ('bpe', 4096), 'bytes' -> ('bytes', None), 'x.model' -> ('x.model', None); raises on anything else
+    if spec.endswith('.model'):
+        if not Path(spec).is_file(): raise FileNotFoundError(f'there is no tokenizer {spec}; give the path of a SentencePiece .model')
+        return spec, None
     kind, dash, size = spec.partition('-')
     learns = {n: hasattr(c, 'train') for n,c in TOKENIZERS.items() if hasattr(c, 'train') or isinstance(c.vocab_size, int)} # others are read
     if learns.get(kind) != bool(dash) or dash and not (size.isdecimal() and 260 <= int(size) <= 2**16):
         there = ', '.join(f'{n}-SIZE' if l else n for n,l in learns.items())
-        raise ValueError(f'no tokenizer {spec!r}; choose one of {there}, with a size from 260 to {2**16}')
+        raise ValueError(f'no tokenizer {spec!r}; choose one of {there}, with a size from 260 to {2**16}, or the path of a SentencePiece .model')
     return kind, int(size) if dash else None
 
 def make_tokenizer(
-    spec:str,      # 'bytes', or a kind and a vocabulary size such as 'bpe-4096'
+    spec:str,      # 'bytes', a kind and a vocabulary size such as 'bpe-4096', or the path of a SentencePiece .model
     text:str|bytes # the text that a vocabulary is learned from
 ): # a tokenizer
-    "The tokenizer that a run asks for, trained if need be; raises ValueError if there is none"
+    "The tokenizer that a run asks for, trained or read if need be; raises ValueError or FileNotFoundError if there is none"
     kind, size = _tokenizer_spec(spec)
+    if kind.endswith('.model'): return _load_model(kind)
     return TOKENIZERS[kind].train(text, size) if size else TOKENIZERS[kind]()

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from .files import write_atomic
 from .quantlinear import coded_state, frozen_copy, load_coded_state
 from .memory import _slot_memories, remember
-from .tokenizer import make_tokenizer, tokenizer_from_dict, _tokenizer_spec
-from .corpus import Corpus, load_corpus, WindowSampler
+from .tokenizer import tokenizer_from_dict, _tokenizer_spec
+from .shards import Corpus, Prefetch, open_corpus, text_of
 from .model import LM, LMConfig, recipe
 from .objectives import Objective
 from .sampler import Sampler, generate
@@ -33,8 +33,8 @@ from .evaluate import bits_per_byte, baselines, unigram_nats
 class TrainConfig:
     "Everything that decides the result of a run"
     recipe:str = 'q2'            # a key of `RECIPES`
-    data:str = 'shakespeare'     # what to learn, see chapter 32
-    tokenizer:str = 'bytes'      # how text becomes tokens: 'bytes', or a kind and a size such as 'bpe-4096', learned from that text
+    data:str = 'shakespeare'     # what to learn, see chapters 32 and 32a
+    tokenizer:str = 'bytes'      # how text becomes tokens: 'bytes', or a kind and a size such as 'bpe-4096', learned from that text, or a SentencePiece .model
     steps:int = 1200             # optimizer steps
     minutes:float|None = None    # train this long instead, not counting the time to warm up; the result then depends on the machine's speed
     batch:int = 8                # windows per step
@@ -147,18 +147,18 @@ class Trainer:
     ):
         self.out, self.device = Path(out), pick_device(device)
         self.cfg = cfg = replace(cfg, precision=pick_precision(cfg.precision, self.device))
-        self.corpus = corpus or load_corpus(cfg.data)
-        self.tok = tokenizer or make_tokenizer(cfg.tokenizer, self.corpus.train)
+        self.corpus = corpus or open_corpus(cfg.data)
+        self.tok = self.corpus.tokenizer(tokenizer or cfg.tokenizer)
         self.rank, self.world = join_workers(self.device)
         if cfg.micro % self.world and (cfg.shard or self.world > cfg.micro):
             raise ValueError(f'{self.world} workers cannot share {cfg.micro} micro-batches; set micro={self.world}, or a multiple of it')
-        ids = self.tok.encode(self.corpus.train)
-        self.windows, self.token_bytes = WindowSampler(ids, cfg.batch, cfg.context, cfg.seed), len(self.corpus.train)/len(ids)
+        self.windows = Prefetch(self.corpus.windows(self.tok, cfg.batch, cfg.context, cfg.seed), self.device)
+        self.token_bytes = self.windows.source.token_bytes
         torch.manual_seed(cfg.seed)
         self.lm = LM(recipe(cfg.recipe).config(**cfg.model, vocab=self.tok.vocab_size)).to(self.device)
         self.objective, self.slots = Objective(cfg.objective), _slots_for(self.lm, cfg.remember)
         self._spread()
-        self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram_nats(ids), opts=self.opts)
+        self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram_nats(self.windows.source.ids[:2**24]), opts=self.opts)
         self.governor = TrainingGovernor(self.lm, self.opts, cfg.governor)
         self.step, self.saved, self.elapsed, self.warm, self.rate, self.stopped, self.asked, self.recent = 0, 0, 0., 0., 0., False, False, []
 
@@ -236,7 +236,7 @@ def train_step(self:Trainer) -> tuple: # (loss in nats per token, gradient norm)
 def _state(self:Trainer): # everything that the run needs to go on
     lm, opts = whole([self.lm.state_dict(), [o.state_dict() for o in self.opts]])
     return dict(step=self.step, elapsed=self.elapsed, warm=self.warm, recent=self.recent, model=lm, opts=opts,
-                guard=self.guard.state_dict(), governor=self.governor.state_dict())
+                guard=self.guard.state_dict(), governor=self.governor.state_dict(), windows=self.windows.state_dict())
 
 @patch
 def _restore(self:Trainer, state):
@@ -247,6 +247,7 @@ def _restore(self:Trainer, state):
         o.load_state_dict(s | dict(state={i: {k: part_of(v, ps[i]) for k,v in st.items()} for i,st in s['state'].items()}))
     self.guard.load_state_dict(state['guard'])
     self.governor.load_state_dict(state['governor'])
+    self.windows.load_state_dict(state.get('windows', {}))
     self.step, self.elapsed, self.warm, self.recent = state['step'], state['elapsed'], state.get('warm', 0.), state['recent']
 
 # %% ../nbs/63_train.ipynb #c022
@@ -480,13 +481,13 @@ def finish(self:Trainer,
     "Pack, prove, score on the test text beside the baselines, sample, plot; also written to DIR/report.json"
     if self.rank: return None
     file, lm, cfg, text = self.pack(), self.back, self.cfg, self.corpus
-    rep = dict(recipe=cfg.recipe, tokenizer=cfg.tokenizer, corpus=text.name,
-        train_bytes=len(text.train), valid_bytes=len(text.valid), test_bytes=len(text.test),
+    rep = dict(recipe=cfg.recipe, tokenizer=getattr(text, 'spec', cfg.tokenizer), corpus=text.name,
+        train_bytes=self.windows.bytes_read or len(text.train), valid_bytes=len(text.valid), test_bytes=len(text.test),
         seed=cfg.seed, steps=self.step, seconds=self.elapsed, warm_up_seconds=self.warm,
         precision=cfg.precision, device=str(self.device), threads=torch.get_num_threads(),
         params=lm.n_params(), layout=lm.config.layout, bits_per_weight=lm.bits_per_weight(), holdings=lm.holdings(),
         **file, test_bpb=bits_per_byte(lm, self.tok, text.test).bpb,
-        baselines=baselines(text.train, text.test, only=only))
+        baselines=baselines(text_of(text.train, 2**23), text_of(text.test, 2**23), only=only))
     sample = generate(lm, self.tok, '', 300, Sampler(temperature=.7, min_p=.02), seed=cfg.seed)
     rep['sample'] = b''.join(sample).decode('utf-8', 'replace')
     write_atomic(self.out/'report.json', json.dumps(rep, indent=1).encode())
