@@ -93,20 +93,23 @@ BOTH = """
 import sys, torch.distributed as dist
 from pi2nb.train import Interrupted, Trainer, configure, resume
 for shard in (False, True):
-    t = Trainer(configure('q2', data='small.txt', steps=8, micro=2, shard=shard, log_every=1, **eval(sys.argv[1])), f'q2-{shard}')
+    t = Trainer(configure('q2', data='small.txt', steps=5, micro=2, shard=shard, log_every=1, **eval(sys.argv[1])), f'q2-{shard}')
     step = t.train_step
-    def stop_at(): r = step(); t.stopped = t.step == 6; return r
+    def stop_at(): r = step(); t.stopped = t.step == 3; return r
     t.train_step = stop_at
     try: t.fit(show=False)
     except Interrupted: dist.barrier()                                # until the first worker has written the checkpoint
     t = resume(f'q2-{shard}')
-    assert t.step == 6 and t.parts == shard
+    assert t.step == 3 and t.parts == shard
     t.fit(show=False)
     if not t.rank: t.pack()
+t = Trainer(configure('q2', data='small.txt', minutes=.01, micro=2, **eval(sys.argv[1])), 'minutes')
+t.fit(show=False)                                                      # would wait for ever if the two did not stop together
+assert t.step and t.progress == 1 and t.warm > 0
 """
 
 def test_float_weights_whole_or_in_parts(small): # two workers of q2, interrupted and resumed, each with the whole model or with half of it
-    one = Trainer(configure('q2', data=str(small/'small.txt'), steps=8, micro=2, shard=True, log_every=1, **SHAPE), small/'q2')
+    one = Trainer(configure('q2', data=str(small/'small.txt'), steps=5, micro=2, shard=True, log_every=1, **SHAPE), small/'q2')
     one.fit(show=False)
     (small/'both.py').write_text(BOTH)
     env = os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
