@@ -36,7 +36,7 @@ def newton_schulz(
 
 # %% ../nbs/60_optim.ipynb #c014
 class Muon(torch.optim.Optimizer):
-    "Momentum, orthogonalised by Newton–Schulz (Jordan et al. 2024); raises ValueError for anything but matrices"
+    "Momentum, orthogonalised by Newton–Schulz (Jordan et al. 2024); raises ValueError for anything but matrices, and on settings that mean nothing"
     def __init__(self,
         params,                 # matrices [rows, cols]
         lr:float = .02,         # size of a step, in units of an orthogonal matrix
@@ -48,6 +48,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, steps=steps, dtype=dtype, rows=rows))
         if any(p.ndim != 2 for gr in self.param_groups for p in gr['params']):
             raise ValueError('Muon takes matrices only; give vectors and embeddings to AdamW')
+        if steps < 1 or not (0 <= rows < 1 and 0 <= momentum < 1):
+            raise ValueError(f'Muon has steps={steps}, rows={rows}, momentum={momentum}; give at least one step, and memories of at least 0 and below 1')
 
 # %% ../nbs/60_optim.ipynb #c015
 def _evened(u, seen, memory): # rows of an update over their running root mean square; the norm of the whole stays
@@ -65,7 +67,7 @@ def _apply(self:Muon, items, gr): # matrices of one shape: one batched iteration
     us = newton_schulz(torch.stack([u for _,u,_ in items]).to(gr['dtype']), gr['steps'])
     for (p, _, tall), u in zip(items, us):
         u = (u.T if tall else u).to(p.dtype)
-        if gr['rows']: u = _evened(u, self.state[p].setdefault('rows', u.new_zeros(len(u), 1)), gr['rows'])
+        if gr.get('rows'): u = _evened(u, self.state[p].setdefault('rows', u.new_zeros(len(u), 1)), gr['rows'])
         p.add_(_part_of(u, p), alpha=-gr['lr']*max(1, p.shape[0]/p.shape[1])**.5)
 
 # %% ../nbs/60_optim.ipynb #2c13cb7b

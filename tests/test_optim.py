@@ -193,7 +193,7 @@ def test_options_behind_the_name():
     of = lambda name: rates[id(lm.get_parameter(name))]
     assert (of('blocks.1.mixer.rate.weight'), of('blocks.0.mlp.up.weight'), of('head.weight'), of('embed.weight')) == (.5, 1., .2, .1)
     assert len(rates) == len(list(lm.parameters())) and {g['peak'] for g in adam.param_groups} == set(rates.values()) - {.5, 1.}
-    for bad, says in {'muon, q3=2': 'nothing in this model is called', 'muon, steps': 'no option of muon', 'carry, steps=5': "carry has no option 'steps'"}.items():
+    for bad, says in {'muon, q3=2': 'nothing in this model is called', 'muon, steps': 'no option of muon', 'carry, steps=5': "carry has no option 'steps'", 'muon, rows=1': 'at least one step'}.items():
         with pytest.raises(ValueError, match=says): make_optimizers(model(code='q2'), bad)
 
 
