@@ -152,6 +152,11 @@ def _train(cfg, out, device, resume, twin, track): # twin: the settings of the f
     print(f'next      pi2 generate {out}/model.q2bin --prompt "To be, or"')
 
 # %% ../nbs/70_cli.ipynb #317a7786
+def _dynamic(lm, tok, held): # prints the column that is kept apart
+    from pi2nb.dynamic import dynamic_bits
+    print(f'{dynamic_bits(lm, tok, held).bpb:.4f} bits per byte   dynamic: 128 tokens are scored, then scales, norms and vectors learn from them')
+
+# %% ../nbs/70_cli.ipynb #06861dd4
 def _part(corpus, part, tok): # what is scored: text, or shards that `tok` reads as they are
     from pi2nb.shards import Packed, ShardCorpus, text_of
     if isinstance(corpus, ShardCorpus) and not corpus.about: corpus.tokenizer(tok)
@@ -161,10 +166,6 @@ def _part(corpus, part, tok): # what is scored: text, or shards that `tok` reads
     return b''.join(map(text_of, held))
 
 _PARTS = 'train', 'valid', 'test'
-
-def _dynamic(lm, tok, held): # prints the column that is kept apart
-    from pi2nb.dynamic import dynamic_bits
-    print(f'{dynamic_bits(lm, tok, held).bpb:.4f} bits per byte   dynamic: 128 tokens are scored, then scales, norms and vectors learn from them')
 
 # %% ../nbs/70_cli.ipynb #c013
 @app.command()
@@ -294,7 +295,7 @@ def quantize(
     print(f'next      pi2 generate {output} --prompt "Once upon a time"\n'
           f'          pi2 eval {output} --data FILE --chunk {report.window} --stride {max(1, report.window//2)}   (it knows texts of {report.window:,} tokens)')
 
-# %% ../nbs/70_cli.ipynb #2c1c3baf
+# %% ../nbs/70_cli.ipynb #96d1fb9e
 @app.command()
 def shard(
     data:Annotated[str, typer.Argument(help=f'what to read: {_TEXT}, or stream:NAME for a large one', show_default=False)],

@@ -6,7 +6,7 @@
 __all__ = ['write_shard', 'map_shard', 'pack_documents', 'TokenFiles', 'Packed', 'text_of', 'write_shards', 'ShardCorpus',
            'read_shards', 'Place', 'StreamSampler', 'StreamCorpus', 'open_stream', 'Prefetch', 'open_corpus']
 
-# %% ../nbs/32a_shards.ipynb #63fbabd6
+# %% ../nbs/32a_shards.ipynb #b601707c
 import hashlib, json, re
 from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ from .files import write_atomic
 from .tokenizer import ByteTokenizer, make_tokenizer, tokenizer_from_dict
 from .corpus import Corpus, WindowSampler, load_corpus, _KNOWN, _batches, _column_docs, _gather, _hub_name, _hub_parts, _quiet_datasets
 
-# %% ../nbs/32a_shards.ipynb #e2182889
+# %% ../nbs/32a_shards.ipynb #4fcd770f
 _MAGIC, _HEAD = (20240520, 1), 1024 # the first two numbers; bytes before the tokens
 
 def write_shard(
@@ -38,7 +38,7 @@ def write_shard(
     head[:3] = *_MAGIC, ids.size
     return write_atomic(path, [head.tobytes(), ids.astype('<u2').tobytes()])
 
-# %% ../nbs/32a_shards.ipynb #dc00f75b
+# %% ../nbs/32a_shards.ipynb #58d63df2
 def map_shard(
     path:str|Path # a shard
 ) -> np.memmap:   # uint16 [tokens]
@@ -49,7 +49,7 @@ def map_shard(
     if head[2] < 1: raise ValueError(f'{path} holds no token; remove it')
     return np.memmap(path, '<u2', 'r', _HEAD, head[2])
 
-# %% ../nbs/32a_shards.ipynb #0bdb89cd
+# %% ../nbs/32a_shards.ipynb #98123029
 def _boundary(tok): # what the token between two documents is as text
     try: return bytes(tok.decode([tok.bos]))
     except ValueError: return b''
@@ -67,7 +67,7 @@ def pack_documents(
     for last in filter(None, docs): yield _coded(last, tokenizer)
     if last.endswith(b'\n') and _boundary(tokenizer) == b'\n': yield np.array([tokenizer.bos])
 
-# %% ../nbs/32a_shards.ipynb #7e7917b2
+# %% ../nbs/32a_shards.ipynb #0484843a
 def _text_bytes(ids, tok, piece=2**22): # bytes of text in a row of tokens; a boundary that is not a newline is none
     edge, n = len(_boundary(tok)), 0
     for i in range(0, len(ids), piece):
@@ -76,7 +76,7 @@ def _text_bytes(ids, tok, piece=2**22): # bytes of text in a row of tokens; a bo
         if _boundary(tok) != b'\n': n -= edge*int((part == tok.bos).sum())
     return n
 
-# %% ../nbs/32a_shards.ipynb #74cf3248
+# %% ../nbs/32a_shards.ipynb #f7426b70
 class TokenFiles:
     "Shards as one row of tokens, mapped from disk"
     def __init__(self,
@@ -98,7 +98,7 @@ class TokenFiles:
             raise ValueError(f'these shards hold the token {top}, and the tokenizer has {self.vocab:,}; name the one that wrote them with --set tokenizer=FILE.model')
         return w
 
-# %% ../nbs/32a_shards.ipynb #87d38463
+# %% ../nbs/32a_shards.ipynb #6ee61937
 @patch
 def tail(self:TokenFiles):
     "All but the first token"
@@ -126,7 +126,7 @@ class Packed:
         if s.start or s.stop is None or s.step: raise ValueError('only the beginning of shards can be taken, as [:n]')
         return Packed(self.ids[:max(2, ceil(s.stop*len(self.ids)/max(1, len(self))))], self.tok)
 
-# %% ../nbs/32a_shards.ipynb #02fe1ce3
+# %% ../nbs/32a_shards.ipynb #2a8eeb15
 def text_of(
     part:bytes|Packed, # a part of a corpus
     limit:int=None     # most bytes of a packed part
@@ -137,7 +137,7 @@ def text_of(
     if _boundary(part.tok) != b'\n': ids = ids[ids != part.tok.bos]
     return part.tok.decode(ids)[:limit]
 
-# %% ../nbs/32a_shards.ipynb #05aad722
+# %% ../nbs/32a_shards.ipynb #a05a25ca
 @patch
 def documents(self:Corpus,
     part:str # 'train', 'valid' or 'test'
@@ -146,7 +146,7 @@ def documents(self:Corpus,
     text, starts = self.parts[part], self.starts.get(part) or [0]
     for a,b in zip(starts, [*starts[1:], len(text)]): yield text[a:b]
 
-# %% ../nbs/32a_shards.ipynb #5a319f8c
+# %% ../nbs/32a_shards.ipynb #0c6f9ce1
 _PARTS = dict(train='train', valid='val', test='test') # how shards call the parts
 
 def _rows(docs, tok, size): # documents end to end, so many tokens at a time
@@ -165,7 +165,7 @@ def _write_part(docs, tok, stem, size): # yields the files
         write_shard(f := Path(f'{stem}_{n:06d}.bin'), row)
         yield f
 
-# %% ../nbs/32a_shards.ipynb #5571ad00
+# %% ../nbs/32a_shards.ipynb #475ed2a2
 def _counted(docs, about, limit, progress): # the documents, counted; none after `limit` bytes
     for d in filter(None, docs):
         about['documents'] += 1
@@ -180,7 +180,7 @@ def _described(docs, tok, stem, size, limit, progress): # write a part -> what i
     ids, sums = TokenFiles(files), {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     return dict(documents=about['documents'], bytes=len(Packed(ids, tok)), tokens=len(ids), files=sums)
 
-# %% ../nbs/32a_shards.ipynb #ec7a0cfa
+# %% ../nbs/32a_shards.ipynb #ddc634ab
 def write_shards(
     corpus:Corpus,     # the text
     tokenizer,         # of at most 65,536 tokens
@@ -201,7 +201,7 @@ def write_shards(
     write_atomic(folder/f'{name}.json', json.dumps(about, indent=1).encode())
     return about
 
-# %% ../nbs/32a_shards.ipynb #0c1fa979
+# %% ../nbs/32a_shards.ipynb #0fe86474
 class ShardCorpus:
     "A corpus whose parts are shards"
     def __init__(self,
@@ -212,14 +212,11 @@ class ShardCorpus:
         self.name, self.files, self.about = name, files, about
         self.rows, self.tok = {k: TokenFiles(f) for k,f in files.items()}, None
         self.notes = f'{sum(len(f) for f in files.values())} shards' + ('' if 'test' in files else '; no test part, so the validation part is both')
-        if about: self.bind(tokenizer_from_dict(about['tokenizer']))
+        if about: self._bind(tokenizer_from_dict(about['tokenizer']))
 
-# %% ../nbs/32a_shards.ipynb #b20d5f2f
+# %% ../nbs/32a_shards.ipynb #b321b6ef
 @patch
-def bind(self:ShardCorpus,
-    tok # the tokenizer that wrote the shards
-):      # the same
-    "Read the shards as tokens of `tok`; raises ValueError if they hold others"
+def _bind(self:ShardCorpus, tok): # read the shards as tokens of `tok`; ValueError if they hold others
     for r in self.rows.values():
         r.vocab = tok.vocab_size
         r[:2**16]                                                      # a look now is better than an error later
@@ -240,7 +237,7 @@ def parts(self:ShardCorpus):
     return {k: self._part(k) for k in _PARTS}
 for k in _PARTS: setattr(ShardCorpus, k, property(lambda self, k=k: self._part(k)))
 
-# %% ../nbs/32a_shards.ipynb #771bea66
+# %% ../nbs/32a_shards.ipynb #1423a653
 @patch
 def tokenizer(self:Corpus,
     spec # what a run asks for, see chapter 30, or a tokenizer that is at hand
@@ -263,9 +260,9 @@ def tokenizer(self:ShardCorpus,
         raise ValueError(f'{self.name} holds tokens{" of " + own if own else ""}, and no text to learn {spec} from; ' + ('leave the tokenizer out' if own else 'name the one that wrote them with --set tokenizer=FILE.model'))
     tok = make_tokenizer(spec, b'') if isinstance(spec, str) else spec
     if self.about and tok != self.tok: raise ValueError(f'{self.name} was written by another tokenizer, {own}; leave the tokenizer out')
-    return self.bind(tok)
+    return self._bind(tok)
 
-# %% ../nbs/32a_shards.ipynb #d26cbe8b
+# %% ../nbs/32a_shards.ipynb #8faf0e77
 @patch
 def windows(self:Corpus,
     tok,         # the tokenizer of the run
@@ -288,7 +285,7 @@ def _sampler(ids, n_bytes, *args):
     w.token_bytes = n_bytes/len(ids)
     return w
 
-# %% ../nbs/32a_shards.ipynb #6e71cd03
+# %% ../nbs/32a_shards.ipynb #d625e28a
 @patch
 def sha256(self:ShardCorpus) -> dict: # part -> hexadecimal digest
     "What identifies each part: the digest of the digests of its shards, which are read where no description has them"
@@ -301,7 +298,7 @@ def sha256(self:ShardCorpus) -> dict: # part -> hexadecimal digest
 
 ShardCorpus.summary = Corpus.summary
 
-# %% ../nbs/32a_shards.ipynb #93882429
+# %% ../nbs/32a_shards.ipynb #b5063880
 def read_shards(
     where:str|Path # a folder with NAME_train_*.bin and NAME_val_*.bin, or a pattern such as 'DIR/fineweb_*.bin'
 ) -> ShardCorpus:
@@ -324,7 +321,7 @@ def _read_about(path, files, whole): # the description, or None; ValueError if t
             raise ValueError(f'{path} and the shards beside it are not of one piece, because of {min(odd)}; write them again')
     return about
 
-# %% ../nbs/32a_shards.ipynb #188652ff
+# %% ../nbs/32a_shards.ipynb #bf4e1ce9
 @dataclass
 class Place:
     "Where a stream of documents stands"
@@ -334,7 +331,7 @@ class Place:
     token:int = 0    # tokens used up of the next one
     read:int = 0     # bytes of all documents before that one
 
-# %% ../nbs/32a_shards.ipynb #47113352
+# %% ../nbs/32a_shards.ipynb #634574ad
 def _buffers(rows, state, size, where): # yields (state, documents) for ever, from a state on, None for the beginning
     some = bool(state)
     while True:
@@ -356,7 +353,7 @@ def _documents_from(place, rows, seed, size, where): # yields (place of the docu
             read += len(docs[order[i]])
         number, skip = number + 1, 0
 
-# %% ../nbs/32a_shards.ipynb #72fc00c2
+# %% ../nbs/32a_shards.ipynb #d1752369
 class StreamSampler:
     "Batches of windows from documents as they stream in, in an order that is a pure function of seed and step"
     def __init__(self,
@@ -372,7 +369,7 @@ class StreamSampler:
         self.rows, self.tok, self.batch, self.context, self.seed, self.buffer, self.where = deepcopy(rows), tok, batch, context, seed, buffer, where
         self.load_state_dict({})
 
-# %% ../nbs/32a_shards.ipynb #707c54b5
+# %% ../nbs/32a_shards.ipynb #c6fb06ab
 @patch
 def load_state_dict(self:StreamSampler,
     state:dict # from `state_dict`; {} is the beginning
@@ -395,7 +392,7 @@ def batch_at(self:StreamSampler,
     while self.step <= step: self._last = self.step, self._next()
     return self._last[1]
 
-# %% ../nbs/32a_shards.ipynb #c9578d0a
+# %% ../nbs/32a_shards.ipynb #8bb37f45
 @patch
 def _next(self:StreamSampler): # the batch number self.step
     if self._docs is None: self._docs = _documents_from(self.place, self.rows, self.seed, self.buffer, self.where)
@@ -412,7 +409,7 @@ def _next(self:StreamSampler): # the batch number self.step
     self.read = self.place.read + _text_bytes(queue[0][1][1:skip], self.tok)
     return tuple(torch.from_numpy(a.reshape(self.batch, -1).copy()) for a in (row[:-1], row[1:]))
 
-# %% ../nbs/32a_shards.ipynb #0daaeb0f
+# %% ../nbs/32a_shards.ipynb #060da858
 _HELD, _SAMPLE = 3_200_000, 8_000_000 # bytes of a stream that validation and test get, and that stand for the training text
 
 def _beginning(rows, limit, where): # the first documents, of about `limit` bytes, and how many rows those are
@@ -423,7 +420,7 @@ def _beginning(rows, limit, where): # the first documents, of about `limit` byte
         if sum(map(len, docs)) >= limit: break
     return docs, n
 
-# %% ../nbs/32a_shards.ipynb #73f94497
+# %% ../nbs/32a_shards.ipynb #8ce8840d
 @dataclass(frozen=True)
 class StreamCorpus(Corpus):
     "A corpus whose training part streams in; `train` is the beginning of it"
@@ -443,7 +440,7 @@ def windows(self:StreamCorpus, tok, batch, context, seed) -> StreamSampler:
     s.token_bytes = len(self.train)/len(s.ids)
     return s
 
-# %% ../nbs/32a_shards.ipynb #b7dd1a4c
+# %% ../nbs/32a_shards.ipynb #b9f39348
 def open_stream(
     name:str,          # a short name of chapter 32, NAME[:CONFIG] on the hub, or a folder of such files
     held:int = None,   # bytes for validation and as many for the test; None: 3.2 MB
@@ -464,7 +461,7 @@ def open_stream(
     return StreamCorpus(where, **{k: t for k,(t,_) in texts.items()}, starts={k: s for k,(_,s) in texts.items()}, rows=rows.skip(skip) if skip else rows,
         notes='streamed through datasets' + (f'; the first documents are held out: {how}' if how else '; parts as they came'))
 
-# %% ../nbs/32a_shards.ipynb #efcae7ac
+# %% ../nbs/32a_shards.ipynb #1f7f1d9f
 class Prefetch:
     "A sampler that makes the next batch while this one is in use, on the device where it is needed"
     def __init__(self,
@@ -487,7 +484,7 @@ class Prefetch:
         if state: self._pool.submit(self.source.load_state_dict, state).result()
         self._ahead, self._at, self._state = {}, None, state
 
-# %% ../nbs/32a_shards.ipynb #0d5176a1
+# %% ../nbs/32a_shards.ipynb #d119b6bd
 @patch
 def _make(self:Prefetch, step): # in the thread: a batch on the device, and the place behind it
     batch, place = self.source.batch_at(step), self._place()
@@ -509,7 +506,7 @@ def batch_at(self:Prefetch,
             for t in self._batch: t.record_stream(torch.cuda.current_stream(self.device))
     return self._batch
 
-# %% ../nbs/32a_shards.ipynb #8b6f3237
+# %% ../nbs/32a_shards.ipynb #2fc043a7
 def open_corpus(
     spec:str|Path # what `load_corpus` reads, a folder of shards or a pattern such as 'DIR/fineweb_*.bin', or 'stream:NAME'
 ):                # a `Corpus`, `ShardCorpus` or `StreamCorpus`

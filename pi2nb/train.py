@@ -152,13 +152,13 @@ class Trainer:
         self.rank, self.world = join_workers(self.device)
         if cfg.micro % self.world and (cfg.shard or self.world > cfg.micro):
             raise ValueError(f'{self.world} workers cannot share {cfg.micro} micro-batches; set micro={self.world}, or a multiple of it')
-        self.windows = Prefetch(self.corpus.windows(self.tok, cfg.batch, cfg.context, cfg.seed), self.device)
-        self.token_bytes = self.windows.source.token_bytes
+        windows = self.corpus.windows(self.tok, cfg.batch, cfg.context, cfg.seed)
+        self.windows, self.token_bytes = Prefetch(windows, self.device), windows.token_bytes
         torch.manual_seed(cfg.seed)
         self.lm = LM(recipe(cfg.recipe).config(**cfg.model, vocab=self.tok.vocab_size)).to(self.device)
         self.objective, self.slots = Objective(cfg.objective), _slots_for(self.lm, cfg.remember)
         self._spread()
-        self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram_nats(self.windows.source.ids[:2**24]), opts=self.opts)
+        self.guard = DeadRunGuard(self.lm, math.log(self.tok.vocab_size), unigram_nats(windows.ids[:2**24]), opts=self.opts)
         self.governor = TrainingGovernor(self.lm, self.opts, cfg.governor)
         self.step, self.saved, self.elapsed, self.warm, self.rate, self.stopped, self.asked, self.recent = 0, 0, 0., 0., 0., False, False, []
 
