@@ -195,7 +195,7 @@ def eval(
     score = bits_per_byte(lm, tok, held, chunk=chunk, stride=stride)
     print(f'{score.bpb:.4f} bits per byte   {file.name} on {corpus.name} '
           f'({part}, {score.bytes:,} bytes, {score.nats_per_token:.4f} nats per token)')
-    if dynamic: _dynamic(lm, tok, text_of(held))
+    if dynamic: _dynamic(lm, tok, held)
     if baseline and part in ('valid', 'test'):
         for name, v in baselines(text_of(corpus.train, 2**23), text_of(held, 2**23)).items(): print(f'{v:.4f} bits per byte   {name}')
     if prove: _prove(lm, tok, text_of(held, 2**20))

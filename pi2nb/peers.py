@@ -17,7 +17,7 @@ from .quantlinear import CodedWeight, _leaf_of, hold_integers
 from .model import LM, recipe
 from .optim import CarrySnap, GhostVotes, _groups, _integer_rule, register_optimizer, split_params, static_bytes
 from .train import Trainer, configure
-from .benchmarks import run_grid
+from .benchmarks import grid_job, run_grid
 
 # %% ../nbs/72a_peers.ipynb #c007
 class GridPeer(torch.optim.Optimizer):
@@ -176,11 +176,11 @@ def tune(
     tried, jobs = {a: {ARMS[a][2:4]} for a in arms}, {}
     while True:
         jobs = {_name(a, r, 0): _job(a, r, 0, more) for a in arms for r in tried[a]}
-        runs = run_grid(path, jobs, module='pi2nb.peers')
+        runs = run_grid(path, jobs, job='pi2nb.peers:grid_job')
         best = {a: min(tried[a], key=lambda r: runs[_name(a, r, 0)]['valid'][-1][1]) for a in arms}
         if all(_around(a, apart, *best[a]) <= tried[a] for a in arms): break
         for a in arms: tried[a] |= _around(a, apart, *best[a])
-    return run_grid(path, jobs | {_name(a, best[a], s): _job(a, best[a], s, more) for a in arms for s in seeds}, module='pi2nb.peers')
+    return run_grid(path, jobs | {_name(a, best[a], s): _job(a, best[a], s, more) for a in arms for s in seeds}, job='pi2nb.peers:grid_job')
 
 # %% ../nbs/72a_peers.ipynb #c027
 def peak_bytes(

@@ -3,7 +3,7 @@ import errno, json, os, random
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from pi2nb.access import Q2BN, append_meta, from_safetensors, to_safetensors
-from pi2nb.budget import budget, size_in_blocks, size_in_code, size_in_dim
+from pi2nb.budget import budget, size_in_blocks, size_in_code, size_in_shape
 from pi2nb.codebook import CODES, Coded, codebook, hold
 from pi2nb.q2bn import Q2BNError, decode_state, identity, inspect_q2bn, read_q2bn, save_model, write_q2bn, write_v2
 from test_q2bn import V3, bases, coded, fix, little_memory, mutate, same, skewed, small_state
@@ -146,7 +146,7 @@ def test_budget(tmp_path):
     state, meta = read_q2bn(tmp_path/'m')
     narrow = {k: hold(v.decode(), codebook('int4')) if k.startswith(('embed', 'head')) else v for k, v in state.items()}
     assert size_in_code(r, 'int4', True) == write_q2bn(tmp_path/'n', narrow, meta) and size_in_code(r, 'q2', False) == r.size
-    assert r.size == size_in_blocks(r, 4) > size_in_blocks(r, 3) > size_in_blocks(r, 0) and size_in_dim(r, 32) == r.size
+    assert r.size == size_in_blocks(r, 4) > size_in_blocks(r, 3) > size_in_blocks(r, 0) and size_in_shape(r, dim=32) == r.size
     b = budget(r, r.size*3//4)
     assert not b.fits and f'{r.size - r.size*3//4:,} bytes too many' in str(b)
     sizes = dict(b.advice)
