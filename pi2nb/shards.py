@@ -6,7 +6,7 @@
 __all__ = ['write_shard', 'map_shard', 'pack_documents', 'TokenFiles', 'Packed', 'text_of', 'write_shards', 'ShardCorpus',
            'read_shards', 'Place', 'StreamSampler', 'StreamCorpus', 'open_stream', 'Prefetch', 'open_corpus']
 
-# %% ../nbs/32a_shards.ipynb #b601707c
+# %% ../nbs/32a_shards.ipynb #cd84264b
 import hashlib, json, re
 from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ from .files import write_atomic
 from .tokenizer import ByteTokenizer, make_tokenizer, tokenizer_from_dict
 from .corpus import Corpus, WindowSampler, load_corpus, _KNOWN, _batches, _column_docs, _gather, _hub_name, _hub_parts, _quiet_datasets
 
-# %% ../nbs/32a_shards.ipynb #4fcd770f
+# %% ../nbs/32a_shards.ipynb #4d50c9dc
 _MAGIC, _HEAD = (20240520, 1), 1024 # the first two numbers; bytes before the tokens
 
 def write_shard(
@@ -38,7 +38,7 @@ def write_shard(
     head[:3] = *_MAGIC, ids.size
     return write_atomic(path, [head.tobytes(), ids.astype('<u2').tobytes()])
 
-# %% ../nbs/32a_shards.ipynb #58d63df2
+# %% ../nbs/32a_shards.ipynb #8477d029
 def map_shard(
     path:str|Path # a shard
 ) -> np.memmap:   # uint16 [tokens]
@@ -49,7 +49,7 @@ def map_shard(
     if head[2] < 1: raise ValueError(f'{path} holds no token; remove it')
     return np.memmap(path, '<u2', 'r', _HEAD, head[2])
 
-# %% ../nbs/32a_shards.ipynb #98123029
+# %% ../nbs/32a_shards.ipynb #595b7cd6
 def _boundary(tok): # what the token between two documents is as text
     try: return bytes(tok.decode([tok.bos]))
     except ValueError: return b''
@@ -67,7 +67,7 @@ def pack_documents(
     for last in filter(None, docs): yield _coded(last, tokenizer)
     if last.endswith(b'\n') and _boundary(tokenizer) == b'\n': yield np.array([tokenizer.bos])
 
-# %% ../nbs/32a_shards.ipynb #0484843a
+# %% ../nbs/32a_shards.ipynb #cd298036
 def _text_bytes(ids, tok, piece=2**22): # bytes of text in a row of tokens; a boundary that is not a newline is none
     edge, n = len(_boundary(tok)), 0
     for i in range(0, len(ids), piece):
@@ -76,7 +76,7 @@ def _text_bytes(ids, tok, piece=2**22): # bytes of text in a row of tokens; a bo
         if _boundary(tok) != b'\n': n -= edge*int((part == tok.bos).sum())
     return n
 
-# %% ../nbs/32a_shards.ipynb #f7426b70
+# %% ../nbs/32a_shards.ipynb #73638c02
 class TokenFiles:
     "Shards as one row of tokens, mapped from disk"
     def __init__(self,
@@ -98,7 +98,7 @@ class TokenFiles:
             raise ValueError(f'these shards hold the token {top}, and the tokenizer has {self.vocab:,}; name the one that wrote them with --set tokenizer=FILE.model')
         return w
 
-# %% ../nbs/32a_shards.ipynb #6ee61937
+# %% ../nbs/32a_shards.ipynb #6da0951e
 @patch
 def tail(self:TokenFiles):
     "All but the first token"
@@ -126,7 +126,7 @@ class Packed:
         if s.start or s.stop is None or s.step: raise ValueError('only the beginning of shards can be taken, as [:n]')
         return Packed(self.ids[:max(2, ceil(s.stop*len(self.ids)/max(1, len(self))))], self.tok)
 
-# %% ../nbs/32a_shards.ipynb #2a8eeb15
+# %% ../nbs/32a_shards.ipynb #b4bb24ff
 def text_of(
     part:bytes|Packed, # a part of a corpus
     limit:int=None     # most bytes of a packed part
@@ -137,7 +137,7 @@ def text_of(
     if _boundary(part.tok) != b'\n': ids = ids[ids != part.tok.bos]
     return part.tok.decode(ids)[:limit]
 
-# %% ../nbs/32a_shards.ipynb #a05a25ca
+# %% ../nbs/32a_shards.ipynb #50252ac4
 @patch
 def documents(self:Corpus,
     part:str # 'train', 'valid' or 'test'
@@ -146,7 +146,7 @@ def documents(self:Corpus,
     text, starts = self.parts[part], self.starts.get(part) or [0]
     for a,b in zip(starts, [*starts[1:], len(text)]): yield text[a:b]
 
-# %% ../nbs/32a_shards.ipynb #0c6f9ce1
+# %% ../nbs/32a_shards.ipynb #62b83299
 _PARTS = dict(train='train', valid='val', test='test') # how shards call the parts
 
 def _rows(docs, tok, size): # documents end to end, so many tokens at a time
@@ -165,7 +165,7 @@ def _write_part(docs, tok, stem, size): # yields the files
         write_shard(f := Path(f'{stem}_{n:06d}.bin'), row)
         yield f
 
-# %% ../nbs/32a_shards.ipynb #475ed2a2
+# %% ../nbs/32a_shards.ipynb #5532f638
 def _counted(docs, about, limit, progress): # the documents, counted; none after `limit` bytes
     for d in filter(None, docs):
         about['documents'] += 1
@@ -177,10 +177,11 @@ def _counted(docs, about, limit, progress): # the documents, counted; none after
 def _described(docs, tok, stem, size, limit, progress): # write a part -> what it is
     about = dict(documents=0, read=0)
     files = list(_write_part(_counted(docs, about, limit, progress), tok, stem, size))
+    if not files: raise ValueError(f'there is no document for {stem.name}; give every part some text')
     ids, sums = TokenFiles(files), {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     return dict(documents=about['documents'], bytes=len(Packed(ids, tok)), tokens=len(ids), files=sums)
 
-# %% ../nbs/32a_shards.ipynb #ddc634ab
+# %% ../nbs/32a_shards.ipynb #ded8535c
 def write_shards(
     corpus:Corpus,     # the text
     tokenizer,         # of at most 65,536 tokens
@@ -201,7 +202,7 @@ def write_shards(
     write_atomic(folder/f'{name}.json', json.dumps(about, indent=1).encode())
     return about
 
-# %% ../nbs/32a_shards.ipynb #0fe86474
+# %% ../nbs/32a_shards.ipynb #cd78159d
 class ShardCorpus:
     "A corpus whose parts are shards"
     def __init__(self,
@@ -214,7 +215,7 @@ class ShardCorpus:
         self.notes = f'{sum(len(f) for f in files.values())} shards' + ('' if 'test' in files else '; no test part, so the validation part is both')
         if about: self._bind(tokenizer_from_dict(about['tokenizer']))
 
-# %% ../nbs/32a_shards.ipynb #b321b6ef
+# %% ../nbs/32a_shards.ipynb #d32188f1
 @patch
 def _bind(self:ShardCorpus, tok): # read the shards as tokens of `tok`; ValueError if they hold others
     for r in self.rows.values():
@@ -229,6 +230,7 @@ def _part(self:ShardCorpus, k):
     k = k if k in self.files else 'valid'
     known = self.about and self.about['parts'][k]
     whole = known and [f.name for f in self.files[k]] == list(known['files'])
+    if whole and len(self.rows[k]) != known['tokens']: raise ValueError(f'{self.name}: the {k} part has {len(self.rows[k]):,} tokens instead of {known["tokens"]:,}; write it again')
     return Packed(self.rows[k], self.tok, known['bytes'] if whole else None)
 
 @patch(as_prop=True)
@@ -237,7 +239,7 @@ def parts(self:ShardCorpus):
     return {k: self._part(k) for k in _PARTS}
 for k in _PARTS: setattr(ShardCorpus, k, property(lambda self, k=k: self._part(k)))
 
-# %% ../nbs/32a_shards.ipynb #1423a653
+# %% ../nbs/32a_shards.ipynb #9e399aae
 @patch
 def tokenizer(self:Corpus,
     spec # what a run asks for, see chapter 30, or a tokenizer that is at hand
@@ -262,7 +264,7 @@ def tokenizer(self:ShardCorpus,
     if self.about and tok != self.tok: raise ValueError(f'{self.name} was written by another tokenizer, {own}; leave the tokenizer out')
     return self._bind(tok)
 
-# %% ../nbs/32a_shards.ipynb #8faf0e77
+# %% ../nbs/32a_shards.ipynb #4b1e963b
 @patch
 def windows(self:Corpus,
     tok,         # the tokenizer of the run
@@ -285,7 +287,7 @@ def _sampler(ids, n_bytes, *args):
     w.token_bytes = n_bytes/len(ids)
     return w
 
-# %% ../nbs/32a_shards.ipynb #d625e28a
+# %% ../nbs/32a_shards.ipynb #7a5bc86c
 @patch
 def sha256(self:ShardCorpus) -> dict: # part -> hexadecimal digest
     "What identifies each part: the digest of the digests of its shards, which are read where no description has them"
@@ -298,7 +300,7 @@ def sha256(self:ShardCorpus) -> dict: # part -> hexadecimal digest
 
 ShardCorpus.summary = Corpus.summary
 
-# %% ../nbs/32a_shards.ipynb #b5063880
+# %% ../nbs/32a_shards.ipynb #45b0617f
 def read_shards(
     where:str|Path # a folder with NAME_train_*.bin and NAME_val_*.bin, or a pattern such as 'DIR/fineweb_*.bin'
 ) -> ShardCorpus:
@@ -314,14 +316,15 @@ def read_shards(
 def _read_about(path, files, whole): # the description, or None; ValueError if the shards are not those that it describes
     if not path.exists(): return None
     try: about = json.loads(path.read_text())
-    except ValueError: raise ValueError(f'{path} is damaged; write the shards again') from None
+    except ValueError: about = None
+    if not isinstance(about, dict) or not {'parts', 'tokenizer'} <= about.keys(): raise ValueError(f'{path} does not describe shards; write them again, or move it away')
     for k,p in about['parts'].items():
         have = {f.name for f in files.get(k, ())}
         if odd := have - p['files'].keys() or whole and p['files'].keys() - have:
             raise ValueError(f'{path} and the shards beside it are not of one piece, because of {min(odd)}; write them again')
     return about
 
-# %% ../nbs/32a_shards.ipynb #bf4e1ce9
+# %% ../nbs/32a_shards.ipynb #431b2dd0
 @dataclass
 class Place:
     "Where a stream of documents stands"
@@ -331,7 +334,7 @@ class Place:
     token:int = 0    # tokens used up of the next one
     read:int = 0     # bytes of all documents before that one
 
-# %% ../nbs/32a_shards.ipynb #634574ad
+# %% ../nbs/32a_shards.ipynb #01c28bbd
 def _buffers(rows, state, size, where): # yields (state, documents) for ever, from a state on, None for the beginning
     some = bool(state)
     while True:
@@ -353,7 +356,7 @@ def _documents_from(place, rows, seed, size, where): # yields (place of the docu
             read += len(docs[order[i]])
         number, skip = number + 1, 0
 
-# %% ../nbs/32a_shards.ipynb #d1752369
+# %% ../nbs/32a_shards.ipynb #abeb4644
 class StreamSampler:
     "Batches of windows from documents as they stream in, in an order that is a pure function of seed and step"
     def __init__(self,
@@ -369,7 +372,7 @@ class StreamSampler:
         self.rows, self.tok, self.batch, self.context, self.seed, self.buffer, self.where = deepcopy(rows), tok, batch, context, seed, buffer, where
         self.load_state_dict({})
 
-# %% ../nbs/32a_shards.ipynb #c6fb06ab
+# %% ../nbs/32a_shards.ipynb #de41984d
 @patch
 def load_state_dict(self:StreamSampler,
     state:dict # from `state_dict`; {} is the beginning
@@ -392,7 +395,7 @@ def batch_at(self:StreamSampler,
     while self.step <= step: self._last = self.step, self._next()
     return self._last[1]
 
-# %% ../nbs/32a_shards.ipynb #8bb37f45
+# %% ../nbs/32a_shards.ipynb #95841f59
 @patch
 def _next(self:StreamSampler): # the batch number self.step
     if self._docs is None: self._docs = _documents_from(self.place, self.rows, self.seed, self.buffer, self.where)
@@ -409,7 +412,7 @@ def _next(self:StreamSampler): # the batch number self.step
     self.read = self.place.read + _text_bytes(queue[0][1][1:skip], self.tok)
     return tuple(torch.from_numpy(a.reshape(self.batch, -1).copy()) for a in (row[:-1], row[1:]))
 
-# %% ../nbs/32a_shards.ipynb #060da858
+# %% ../nbs/32a_shards.ipynb #fb4643ea
 _HELD, _SAMPLE = 3_200_000, 8_000_000 # bytes of a stream that validation and test get, and that stand for the training text
 
 def _beginning(rows, limit, where): # the first documents, of about `limit` bytes, and how many rows those are
@@ -420,7 +423,7 @@ def _beginning(rows, limit, where): # the first documents, of about `limit` byte
         if sum(map(len, docs)) >= limit: break
     return docs, n
 
-# %% ../nbs/32a_shards.ipynb #8ce8840d
+# %% ../nbs/32a_shards.ipynb #6586dc35
 @dataclass(frozen=True)
 class StreamCorpus(Corpus):
     "A corpus whose training part streams in; `train` is the beginning of it"
@@ -440,7 +443,7 @@ def windows(self:StreamCorpus, tok, batch, context, seed) -> StreamSampler:
     s.token_bytes = len(self.train)/len(s.ids)
     return s
 
-# %% ../nbs/32a_shards.ipynb #b9f39348
+# %% ../nbs/32a_shards.ipynb #5b64367c
 def open_stream(
     name:str,          # a short name of chapter 32, NAME[:CONFIG] on the hub, or a folder of such files
     held:int = None,   # bytes for validation and as many for the test; None: 3.2 MB
@@ -461,7 +464,7 @@ def open_stream(
     return StreamCorpus(where, **{k: t for k,(t,_) in texts.items()}, starts={k: s for k,(_,s) in texts.items()}, rows=rows.skip(skip) if skip else rows,
         notes='streamed through datasets' + (f'; the first documents are held out: {how}' if how else '; parts as they came'))
 
-# %% ../nbs/32a_shards.ipynb #1f7f1d9f
+# %% ../nbs/32a_shards.ipynb #a5a3c8c9
 class Prefetch:
     "A sampler that makes the next batch while this one is in use, on the device where it is needed"
     def __init__(self,
@@ -484,7 +487,7 @@ class Prefetch:
         if state: self._pool.submit(self.source.load_state_dict, state).result()
         self._ahead, self._at, self._state = {}, None, state
 
-# %% ../nbs/32a_shards.ipynb #d119b6bd
+# %% ../nbs/32a_shards.ipynb #15afa0d8
 @patch
 def _make(self:Prefetch, step): # in the thread: a batch on the device, and the place behind it
     batch, place = self.source.batch_at(step), self._place()
@@ -506,7 +509,7 @@ def batch_at(self:Prefetch,
             for t in self._batch: t.record_stream(torch.cuda.current_stream(self.device))
     return self._batch
 
-# %% ../nbs/32a_shards.ipynb #2fc043a7
+# %% ../nbs/32a_shards.ipynb #dba7acca
 def open_corpus(
     spec:str|Path # what `load_corpus` reads, a folder of shards or a pattern such as 'DIR/fineweb_*.bin', or 'stream:NAME'
 ):                # a `Corpus`, `ShardCorpus` or `StreamCorpus`

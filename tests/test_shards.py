@@ -132,12 +132,18 @@ def test_a_folder_that_is_not_whole(tmp_path, small):
     write_shards(small, TOK, tmp_path/'a', size=9000)
     part = read_shards(tmp_path/'a/*_[vt]*_*0.bin')                    # some of the shards, by a pattern
     assert len(part.train) == 8999 and part.train.ids[1:9].tobytes() == small.train[:8].decode().encode('utf-16-le')
+    write_shard(tmp_path/'a/text_test_000000.bin', [1, 2])
+    refused(lambda: read_shards(tmp_path/'a').test, '2 tokens instead of 2,001')
     (tmp_path/'a/text_train_000001.bin').unlink()
     refused(lambda: read_shards(tmp_path/'a'), 'text_train_000001.bin', 'write them again')
+    for other in ('[]', '{}', '{"parts":'):
+        (tmp_path/'a/text.json').write_text(other)
+        refused(lambda: read_shards(tmp_path/'a/text_*.bin'), 'does not describe shards')
     (tmp_path/'a/other_train_000001.bin').write_bytes((tmp_path/'a/text_train_000000.bin').read_bytes())
     refused(lambda: read_shards(tmp_path/'a'), 'other, text')
     (tmp_path/'a/text_val_000000.bin').unlink()
     refused(lambda: read_shards(tmp_path/'a'), 'valid', error=FileNotFoundError)
+    refused(lambda: write_shards(Corpus('hollow', b'text', b'', b'text'), TOK, tmp_path/'c'), 'no document for text_val')
     (tmp_path/'b').mkdir()
     refused(lambda: open_corpus(tmp_path/'b'), 'holds no', error=FileNotFoundError)
 
