@@ -152,9 +152,16 @@ def _train(cfg, out, device, resume, twin, track): # twin: the settings of the f
     print(f'next      pi2 generate {out}/model.q2bin --prompt "To be, or"')
 
 # %% ../nbs/70_cli.ipynb #317a7786
-def _dynamic(lm, tok, held): # prints the column that is kept apart
+def _documents(lm, tok, corpus, part, chunk, stride): # prints what the part costs if no document knows of another
+    from pi2nb.dynamic import document_bits
+    starts = getattr(corpus, 'starts', {}).get(part)
+    if not starts: raise ValueError(f'where the documents of {part!r} start is not known; give one part of a text')
+    s = document_bits(lm, tok, corpus.parts[part], starts, chunk, stride)
+    print(f'{s.bpb:.4f} bits per byte   documents: {len(starts):,}, each scored from nothing')
+
+def _dynamic(lm, tok, held): # prints what is never mixed with the score
     from pi2nb.dynamic import dynamic_bits
-    print(f'{dynamic_bits(lm, tok, held).bpb:.4f} bits per byte   dynamic: 128 tokens are scored, then scales, norms and vectors learn from them')
+    print(f'{dynamic_bits(lm, tok, held).bpb:.4f} bits per byte   dynamic: learns from each chunk after it was scored')
 
 # %% ../nbs/70_cli.ipynb #06861dd4
 def _part(corpus, part, tok): # what is scored: text, or shards that `tok` reads as they are
@@ -180,6 +187,7 @@ def eval(
         help='show what simple models and compressors reach on the same bytes')] = True,
     prove:Annotated[bool, typer.Option('--prove',
         help='code the text (1 MiB of it at most) with the model, decode it again, and compare its size with the score')] = False,
+    documents:Annotated[bool, typer.Option('--documents', help='also score every document anew, with nothing carried over')] = False,
     dynamic:Annotated[bool, typer.Option('--dynamic',
         help='also score a copy whose scales and norms learn from each chunk after it was scored: a column of its own')] = False,
     device:Device = 'auto'
@@ -195,6 +203,7 @@ def eval(
     score = bits_per_byte(lm, tok, held, chunk=chunk, stride=stride)
     print(f'{score.bpb:.4f} bits per byte   {file.name} on {corpus.name} '
           f'({part}, {score.bytes:,} bytes, {score.nats_per_token:.4f} nats per token)')
+    if documents: _documents(lm, tok, corpus, part, chunk, stride)
     if dynamic: _dynamic(lm, tok, held)
     if baseline and part in ('valid', 'test'):
         for name, v in baselines(text_of(corpus.train, 2**23), text_of(held, 2**23)).items(): print(f'{v:.4f} bits per byte   {name}')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEARNS', 'document_bits', 'adaptable', 'dynamic_nats', 'dynamic_bits']
 
-# %% ../nbs/62b_dynamic.ipynb #58cbb4f6
+# %% ../nbs/62b_dynamic.ipynb #e6c08e83
 from copy import deepcopy
 import torch
 from torch import nn, Tensor
@@ -14,7 +14,7 @@ from .quantlinear import CodedWeight
 from .packed import PackedWeight, pack_model
 from .evaluate import Score, bits_per_byte, _costs, _plan, _prepare, _raw, _rows
 
-# %% ../nbs/62b_dynamic.ipynb #1fbacdc7
+# %% ../nbs/62b_dynamic.ipynb #db7b0f04
 def document_bits(
     lm,               # lm(ids int64 [batch, time], state=None) -> (logits [batch, time, vocab], state)
     tokenizer,        # with `encode`, `n_bytes` and `bos`
@@ -33,7 +33,7 @@ def document_bits(
     s = [bits_per_byte(lm, tokenizer, data[a:b], chunk, stride, reading, batch) for a,b in zip(cuts, cuts[1:])]
     return Score(sum(x.nats for x in s), sum(x.tokens for x in s), sum(x.bytes for x in s))
 
-# %% ../nbs/62b_dynamic.ipynb #97c75299
+# %% ../nbs/62b_dynamic.ipynb #b668210c
 LEARNS = ('scales', 'norms', 'vectors')
 
 def _kind(m): # what the parameters of a module are, None for those that stay
@@ -56,7 +56,7 @@ def adaptable(
     if not free: raise ValueError(f'the model has no {", ".join(what)} that could learn')
     return copy, [p.requires_grad_() for p in free.values()]
 
-# %% ../nbs/62b_dynamic.ipynb #f46037a7
+# %% ../nbs/62b_dynamic.ipynb #00aac35f
 def _detached(s): # a state without its history
     if isinstance(s, Tensor): return s.detach()
     return type(s)(map(_detached, s)) if isinstance(s, (list, tuple)) else {k: _detached(v) for k,v in s.items()} if isinstance(s, dict) else s
@@ -66,7 +66,7 @@ def dynamic_nats(
     tokenizer,       # with `encode`, `n_bytes` and `bos`
     data:bytes|str,  # the raw text
     chunk:int=128,   # tokens that are scored, and then learned from, at once
-    rate:float=.003, # of Adam, as a fraction of each tensor's mean magnitude
+    rate:float=.002, # of Adam, as a fraction of each tensor's mean magnitude
     what=LEARNS      # what may learn
 ) -> Tensor:         # float64 [tokens], -log p in nats
     "Cost of every token, given a model that has learned from the chunks before; raises ValueError like `token_nats`, and if it diverges"
@@ -82,13 +82,13 @@ def dynamic_nats(
     if nats.isnan().any(): raise ValueError(f'the model gives no number for token {int(nats.isnan().nonzero()[0])}; choose a smaller rate')
     return nats
 
-# %% ../nbs/62b_dynamic.ipynb #9593e384
+# %% ../nbs/62b_dynamic.ipynb #8fefc412
 def dynamic_bits(
     lm:nn.Module,    # a model as `LM`; it is not changed
     tokenizer,       # with `encode`, `n_bytes` and `bos`
     data:bytes|str,  # the raw text; all of it is scored
     chunk:int=128,   # tokens that are scored, and then learned from, at once
-    rate:float=.003, # of Adam, as a fraction of each tensor's mean magnitude
+    rate:float=.002, # of Adam, as a fraction of each tensor's mean magnitude
     what=LEARNS      # what may learn
 ) -> Score:
     "What `data` costs a model that learns from each chunk after it was scored: a column of its own, not the model's score"

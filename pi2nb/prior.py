@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['bigram_counts', 'bigram_prior', 'pack_prior', 'unpack_prior', 'PriorLM']
 
-# %% ../nbs/62a_prior.ipynb #57cba2df
+# %% ../nbs/62a_prior.ipynb #ffebf83f
 import struct
 import numpy as np
 import torch
 from torch import nn, Tensor
 from .streams import squeeze, unsqueeze
 
-# %% ../nbs/62a_prior.ipynb #e908fec0
+# %% ../nbs/62a_prior.ipynb #35287571
 def bigram_counts(
     tokenizer,       # with `encode`, `bos` and `vocab_size`
     data:bytes|str   # the raw text
@@ -22,7 +22,7 @@ def bigram_counts(
     before = np.concatenate([[tokenizer.bos], ids])[:-1]
     return np.bincount(before*V + ids, minlength=V*V).reshape(V, V)
 
-# %% ../nbs/62a_prior.ipynb #2e4064dc
+# %% ../nbs/62a_prior.ipynb #9a4182dc
 def bigram_prior(
     counts:np.ndarray # [vocab, vocab], at least 0, whole numbers or not
 ) -> np.ndarray:      # float64 [vocab, vocab], every row sums to 1, nothing is 0
@@ -35,7 +35,7 @@ def bigram_prior(
     N, T = c.sum(1, keepdims=True), (c > 0).sum(1, keepdims=True)
     return np.where(N > 0, (c + T*p)/np.maximum(N + T, 1e-300), p)
 
-# %% ../nbs/62a_prior.ipynb #f108a52e
+# %% ../nbs/62a_prior.ipynb #01bc0d71
 _PRIOR = '<If' # vocab, step
 
 def pack_prior(
@@ -58,7 +58,7 @@ def unpack_prior(
     s = np.frombuffer(unsqueeze(data[8:], V*V), np.uint8).reshape(V, V).astype(np.float64)
     return np.where(s > 0, 2**((s - 1)*step), 0)
 
-# %% ../nbs/62a_prior.ipynb #2dd78ab1
+# %% ../nbs/62a_prior.ipynb #fdd91b4b
 class PriorLM(nn.Module):
     "A language model whose logits are helped by the logarithm of a prior, at every position"
     def __init__(self,

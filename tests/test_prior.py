@@ -1,5 +1,6 @@
 "A counted prior is a probability, documents do not know of each other, and dynamic evaluation never learns before it scores"
 from math import log2
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from pi2nb import dynamic
+from pi2nb import cli, dynamic
 from pi2nb.dynamic import LEARNS, adaptable, document_bits, dynamic_bits, dynamic_nats
 from pi2nb.evaluate import bits_per_byte, ngram_bits, token_nats
 from pi2nb.model import LM, looks_ahead, recipe
@@ -132,3 +133,12 @@ def test_what_may_learn():
     with pytest.raises(ValueError, match='no scales'): adaptable(nn.Linear(2, 2), ['scales'])
     with pytest.raises(ValueError, match='cannot learn'): adaptable(small(), ['symbols'])
     with pytest.raises(ValueError, match='smaller rate'): dynamic_nats(small(), TOK, TEXT*2, chunk=20, rate=1e30)
+
+
+def test_columns_of_the_command_line(capsys):
+    lm, two = small(), SimpleNamespace(starts=dict(test=[0, 40]), parts=dict(test=TEXT))
+    cli._documents(lm, TOK, two, 'test', 64, None)
+    cli._dynamic(lm, TOK, TEXT)
+    want = [document_bits(lm, TOK, TEXT, [40], 64).bpb, dynamic_bits(lm, TOK, TEXT).bpb]
+    assert [line.split('   ')[0] for line in capsys.readouterr().out.splitlines()] == [f'{b:.4f} bits per byte' for b in want]
+    with pytest.raises(ValueError, match='not known'): cli._documents(lm, TOK, two, 'all', 64, None)
