@@ -9,7 +9,7 @@ __all__ = ['bigram_counts', 'bigram_prior', 'pack_prior', 'unpack_prior', 'Prior
 import struct
 import numpy as np
 import torch
-from torch import nn, Tensor
+from torch import nn
 from .streams import squeeze, unsqueeze
 
 # %% ../nbs/62a_prior.ipynb #35287571
