@@ -34,7 +34,7 @@ from .model import LM, LMConfig
 from .corpus import load_corpus
 from .governor import TrainingGovernor
 from .train import Trainer, configure, resume
-from .benchmarks import at_best_rate, read_runs
+from .runs import at_best_rate, read_runs
 from .bytes import score_at
 
 # %% ../nbs/73_claims.ipynb #bd97edb0

@@ -134,7 +134,7 @@ def _adamw(model, lr, rest_lr, dtype, **rates):
 
 # %% ../nbs/60_optim.ipynb #q002
 def _named(text): # 'muon, steps=5' -> the rule, its options; ValueError on what it does not have
-    name, *told = (s.strip() for s in text.split(','))
+    name, *told = [text] if text in OPTIMIZERS else (s.strip() for s in text.split(','))
     rule, options = OPTIMIZERS[name], {}
     known = {k: p.kind for k,p in signature(rule).parameters.items() if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)}
     for k, eq, v in (s.partition('=') for s in told):

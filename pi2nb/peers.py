@@ -17,7 +17,7 @@ from .quantlinear import CodedWeight, _leaf_of, hold_integers
 from .model import LM, recipe
 from .optim import CarrySnap, GhostVotes, _groups, _integer_rule, register_optimizer, split_params, static_bytes
 from .train import Trainer, configure
-from .benchmarks import grid_job, run_grid
+from .runs import grid_job, run_grid
 
 # %% ../nbs/72a_peers.ipynb #c007
 class GridPeer(torch.optim.Optimizer):

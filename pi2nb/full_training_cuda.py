@@ -23,7 +23,7 @@ from .geode import parse_layout
 from .model import LM, LMConfig, recipe
 from .q2bn import inspect_q2bn, save_model
 from .tokenizer import ByteTokenizer
-from .benchmarks import grid_job
+from .runs import grid_job
 from .train import Trainer, configure
 
 # %% ../nbs/71_full_training_cuda.ipynb #82d36d6c
@@ -54,7 +54,7 @@ def golf_settings(
     own = BASELINE if arm == 'baseline' else ARMS[arm] | dict(layout=LAYOUTS.get(layout, layout))
     return _LEARN | own | more
 
-# %% ../nbs/71_full_training_cuda.ipynb #8d66cc06
+# %% ../nbs/71_full_training_cuda.ipynb #447a01e5
 MB = 10**6
 
 def _priced(asked): # JSON of settings -> report on the file of a small model with random weights
@@ -72,6 +72,7 @@ def _most(fits): # the largest k for which fits(k), which holds up to some k and
     while high - low > 1: low, high = (m, high) if fits(m := (low + high)//2) else (low, m)
     return low
 
+# %% ../nbs/71_full_training_cuda.ipynb #cd671e2d
 @lru_cache
 def _fitted(asked, limit):
     report, step = _priced(asked), 8*json.loads(asked)['heads']
@@ -81,6 +82,7 @@ def _fitted(asked, limit):
         raise ValueError(f'no width fits into {limit:,} bytes; give more of them, or fewer layers')
     return dim, (round(ratio*dim) + step*_most(lambda k: fits(dim, round(ratio*dim) + k*step)))/dim
 
+# %% ../nbs/71_full_training_cuda.ipynb #3aebed94
 def fit_shape(
     settings:dict, # as `golf_settings` makes them, with `heads`
     limit:int      # bytes of the file
