@@ -220,7 +220,7 @@ def compensate_model(
     model:nn.Module, # `LM`, or a Llama of `transformers`, in float32; changed in place
     plan:dict,       # name of a linear layer in its blocks -> `Codebook`
     windows,         # token ids to learn the inputs from, int64 tensors of one length [time]
-    repair:float = 1., # how much of earlier layers' errors a layer tries to make good, 0 to 1
+    repair:float = 0., # how much of earlier layers' errors a layer tries to make good, 0 to 1
     batch:int = 4,   # windows read at a time
     show = None,     # called with (blocks done, blocks)
     **settings       # of `compensate`
@@ -253,7 +253,7 @@ def compensate_weights(
     lm:nn.Module,     # `LM` in float32; changed in place
     code:Codebook,    # how to hold the matrices of the blocks
     calibration,      # windows of token ids, int64 [time] each
-    windows:int = 32  # how many of them to read
+    windows:int = 48  # how many of them to read
 ) -> nn.Module:       # the same model
     "Weights that make up for each other's errors; raises ValueError without text"
     layers = block_matrices(lm)
