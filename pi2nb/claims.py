@@ -305,7 +305,6 @@ def _():
     return (learn < 4.3, fixed < 4.3), (
         f'7.2 GB, not 26.8: phases that learn {learn:.0f} bytes, a magnitude each {real:.0f}, fixed complex phases {fixed:.1f}')
 
-# %% ../nbs/73_claims.ipynb #46897354
 @claim('π/2 quantisation', 'gradients for the magnitudes are enough', 'does not hold', '12_phase')
 def _():
     w = _normal(16, 32)/32**.5
@@ -446,6 +445,15 @@ def _():
 
 claim('Q2', 'its 3:1 layout beats other layouts', 'open: 71', '40_geode')
 claim('Q2', '1.00 to 1.03 bits per byte in 10 minutes and 16 MB', 'open: 71')
+
+# %% ../nbs/73_claims.ipynb #80a94b9f
+@claim('Q2', 'a bigram prior beside the logits helps', 'holds if it is counted, used everywhere, and training is short', '62a_prior')
+def _(): # as coded it is a table of zeros, looked at in one place
+    runs = _runs('62a_prior.json')
+    def of(arm, steps): return mean(r['test'] for r in runs if (r['arm'], r['steps']) == (arm, steps))
+    gain = {n: of('plain, as many bytes', n) - of('with prior', n) for n in (200, 500)}
+    return (F.softmax(torch.zeros(256), 0).unique().numel() > 1, min(gain.values()) > 0), (
+        'zeros say nothing; counted, against wider layers of as many bytes: ' + ', '.join(f'{g:.3f} bits per byte after {n} steps' for n,g in gain.items()))
 
 # %% ../nbs/73_claims.ipynb #63af6674
 @claim('phase-field', 'multiplying by i is swap and negate', 'holds', '01_rotation')
@@ -614,7 +622,6 @@ def _(): # random gradients; the document's governor multiplies its rate by .8 w
     last = mean(flips[-100:])
     return (last > low*1.5, last < 5e-4), f'aimed at {low:.2%}: {flips[0]:.0%} in the first step, {last:.3%} over the last hundred'
 
-# %% ../nbs/73_claims.ipynb #6dac3e28
 claim('Ghost', 'a governor prevents forgetting', 'open: 71', '61_governor') # no more than a lower rate does, in one toy run of 61
 claim('Ghost', '500M parameters train in 11 GB, at 24,000 tokens a second', 'open: 71')
 
@@ -721,3 +728,25 @@ def _():
     whole, two = (min(p for c,p in rows if c == k) for k in ('float32', 'q2-hadamard, group=64'))
     near = _runs('64_rounding.json', 'models')['SmolLM2-135M-Instruct']['rows']['q2-hadamard | group | blocks']['ppl']
     return two < 1.01*whole, f'perplexity {two:.0f}, errors compensated, where the model as it came has {whole:.0f}; at the nearest level {near:,.0f}'
+
+@claim('pi2nb', 'a low-bit model can learn from what it was scored on by its scales and norms alone', 'holds', '62b_dynamic')
+def _():
+    t = {k: [x[c]['bpb'] for c in ('static', 'dynamic')] for k,x in _runs('62b_dynamic.json', 'texts').items()}
+    return all(b < a for a,b in t.values()), 'bits per byte: ' + ', '.join(f'{k} {a:.3f}, then {b:.3f}' for k,(a,b) in t.items())
+
+# %% ../nbs/73_claims.ipynb #375352bc
+def _muon(kind): # recorded runs of one kind of Muon, at the rate that was best with the first seed
+    rs = [r for r in _runs('60a_lowbit.json') if r['kind'] == kind]
+    lr = min((r for r in rs if r['seed'] == 0), key=lambda r: r['last'])['lr']
+    return [r for r in rs if r['lr'] == lr]
+
+@claim('pi2nb', 'three Newton–Schulz steps are as good as five at two bits', 'holds', '60a_lowbit')
+def _():
+    three, five = ([r['last'] for r in _muon(f'muon, steps={s}, rows=0')] for s in (3, 5))
+    return mean(three) - mean(five) < 2*max(stdev(three), stdev(five)), f'{mean(three) - mean(five):+.3f} bits per byte, seeds differ by {stdev(three):.3f}'
+
+@claim('pi2nb', 'an average of the last weights is better than the last', 'does not hold', '60a_lowbit')
+def _():
+    runs = [r for s in (3, 5) for w in ('0', '0.95') for r in _muon(f'muon, steps={s}, rows={w}')]
+    gain = {k: mean(r['means'][k] - r['last'] for r in runs) for k in runs[0]['means']}
+    return min(gain.values()) < 0, f'{len(runs)} runs of two bits; ' + ', '.join(f'{k}: {v:+.3f}' for k,v in gain.items())

@@ -22,8 +22,8 @@ def test_every_arm_takes_steps(tmp_path, arm):
 
 
 def test_the_walk_ends_at_the_best_point_and_adds_seeds(monkeypatch):
-    def pretend(path, jobs, module): # a bowl with its bottom at (.5, 16)
-        assert module == 'pi2nb.peers'
+    def pretend(path, jobs, job): # a bowl with its bottom at (.5, 16)
+        assert job == 'pi2nb.peers:grid_job'
         return {k: dict(valid=[(1, (math.log2(v['lr']) + 1)**2 + (math.log2(v['rest_lr']) - 4)**2)], asked=v) for k, v in jobs.items()}
     monkeypatch.setattr(peers, 'run_grid', pretend)
     runs = tune('nowhere', ['pi2'], data='x')
