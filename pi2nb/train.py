@@ -522,7 +522,7 @@ corpus    {corpus}: {train_bytes:,} bytes to learn from,
           {valid_bytes:,} to watch, {test_bytes:,} held out for this test
 model     {recipe}, {layout}: {params:,} parameters, {bits_per_weight:.2f} bits per weight with scales
 {held}
-training  {steps} steps in {seconds:.0f} s on {device} ({precision}), and {warm_up_seconds:.0f} s to warm up
+training  {steps} steps in {seconds:.0f} s on {device} ({precision}){warm}
 
 bits per byte on the held-out test text, lower is better
 {bars}
@@ -546,7 +546,8 @@ def report_text(
     bars = [f'  {name:{width}}  {v:5.3f}  {"#"*round(v*6)}' for name,v in ranked]
     sample = ['  | '+line for line in rep['sample'].strip('\n').split('\n')]
     parts = {k: '\n'.join(v) for k,v in dict(held=held, bars=bars, sample=sample).items()}
-    return _REPORT.format_map(rep | parts)
+    warm = rep.get('warm_up_seconds', 0)                               # reports of version 0.4 do not say
+    return _REPORT.format_map(rep | parts | dict(warm=f', and {warm:.0f} s before it to warm up' if warm else ''))
 
 # %% ../nbs/63_train.ipynb #c046
 def check_new(
