@@ -168,7 +168,8 @@ def _part(corpus, part, tok): # what is scored: text, or shards that `tok` reads
     from pi2nb.shards import Packed, ShardCorpus, text_of
     if isinstance(corpus, ShardCorpus) and not corpus.about: corpus.tokenizer(tok)
     if part not in (*_PARTS, 'all'): raise ValueError(f"--part is {part!r}; choose 'train', 'valid', 'test' or 'all'")
-    held = [corpus.parts[p] for p in (_PARTS if part == 'all' else [part])]
+    own = [p for p in _PARTS if p in getattr(corpus, 'files', _PARTS)]      # shards without a test part have one part for both
+    held = [corpus.parts[p] for p in (own if part == 'all' else [part])]
     if len(held) == 1 and isinstance(held[0], Packed) and held[0].tok == tok: return held[0]
     return b''.join(map(text_of, held))
 

@@ -30,12 +30,13 @@ from .train import Trainer, configure
 def split_text(
     path:str|Path,   # a large text
     folder:str|Path, # gets train.txt, valid.txt and test.txt
+    most:int = 10**6 # bytes that are watched, and bytes that are tested
 ) -> Path:           # the folder
-    "The first nine tenths to learn from, a twentieth to watch, a twentieth to test"
+    "The first nine tenths to learn from, the beginning of a twentieth to watch, and of one to test"
     data, folder = Path(path).read_bytes(), Path(folder)
     a, b = len(data)*90//100, len(data)*95//100
     folder.mkdir(parents=True, exist_ok=True)
-    for k,part in zip(('train', 'valid', 'test'), (data[:a], data[a:b], data[b:])): write_atomic(folder/f'{k}.txt', part)
+    for k,part in zip(('train', 'valid', 'test'), (data[:a], data[a:b][:most], data[b:][:most])): write_atomic(folder/f'{k}.txt', part)
     return folder
 
 # %% ../nbs/71_full_training_cuda.ipynb #d78096f0
@@ -109,7 +110,7 @@ def contenders(
     return {f'{a}, {l}, {n} MB': one(a, l, n) for n in sizes for a,l in who}
 
 # %% ../nbs/71_full_training_cuda.ipynb #ef4ce888
-PEAK = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12} # bfloat16 operations per second without sparsity, from the vendor's data sheets
+PEAK = {'H100 80GB HBM3': 989e12, 'H200': 989e12, 'A100': 312e12} # bfloat16 operations per second without sparsity, from the vendor's data sheets
 
 def flops_per_token(
     lm:LM,      # the model
@@ -128,9 +129,10 @@ def peak_flops(
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else ''
     known = next((v for k,v in PEAK.items() if k in name), None)
     if known: return known
-    x, took = torch.randn(768, 768, device=device, dtype=torch.bfloat16 if precision == 'bf16' else torch.float32), []
-    for _ in range(5): start = time.perf_counter(); (x@x).sum().item(); took.append(time.perf_counter() - start)
-    return 2*768**3/min(took)
+    n, took = 4096 if name else 768, []
+    x = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == 'bf16' else torch.float32)
+    for _ in range(5): start = time.perf_counter(); (x@x)[0, 0].item(); took.append(time.perf_counter() - start)
+    return 2*n**3/min(took)
 
 # %% ../nbs/71_full_training_cuda.ipynb #2c170da7
 def three_columns(

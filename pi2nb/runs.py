@@ -42,7 +42,7 @@ def _in_own_process(changes, job): # a job by its module and name, with one thre
     ask = f'import json, sys; from {module} import {name}; print(json.dumps({name}(json.loads(sys.argv[1]))))'
     env = os.environ | dict(OMP_NUM_THREADS='1')
     r = subprocess.run([sys.executable, '-c', ask, json.dumps(changes)], capture_output=True, text=True, env=env)
-    if r.returncode: raise RuntimeError(f'a run failed: {r.stderr.strip().splitlines()[-1]}')
+    if r.returncode: raise RuntimeError('a run failed: ' + (r.stderr.strip().splitlines() or [f'exit {r.returncode}, out of memory?'])[-1])
     return json.loads(r.stdout.splitlines()[-1])
 
 # %% ../nbs/67_runs.ipynb #r002
@@ -68,11 +68,12 @@ def run_grid(
     todo = {k: v for k,v in jobs.items() if runs.get(k, {}).get('asked') != v}
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(_in_own_process, v, job): k for k,v in todo.items()}
-        for f in as_completed(futures):
-            k = futures[f]
-            runs[k] = dict(asked=todo[k], **f.result())
-            seeds = sorted({r['settings']['seed'] for r in runs.values()})
-            write_record(path, seeds, sum(r['seconds'] for r in runs.values()), runs=runs)
+        try:
+            for f in as_completed(futures):
+                k = futures[f]
+                runs[k] = dict(asked=todo[k], **f.result())
+                write_record(path, sorted({r['settings']['seed'] for r in runs.values()}), sum(r['seconds'] for r in runs.values()), runs=runs)
+        finally: pool.shutdown(cancel_futures=True)                    # after an error nothing is begun that would not be kept
     return runs
 
 # %% ../nbs/67_runs.ipynb #c200

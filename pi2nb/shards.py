@@ -106,6 +106,7 @@ def tail(self:TokenFiles):
     t.maps, t.ends = [self.maps[0][1:], *self.maps[1:]], self.ends - 1
     return t
 
+# %% ../nbs/32a_shards.ipynb #c1255bd8
 class Packed:
     "A part of a corpus as tokens, with its size as text"
     def __init__(self,
@@ -124,7 +125,9 @@ class Packed:
         return self._size
     def __getitem__(self, s): # [:n] -> the beginning, about so many bytes
         if s.start or s.stop is None or s.step: raise ValueError('only the beginning of shards can be taken, as [:n]')
-        return Packed(self.ids[:max(2, ceil(s.stop*len(self.ids)/max(1, len(self))))], self.tok)
+        if self._size is None: n = ceil(s.stop**2/max(1, _text_bytes(self.ids[:s.stop], self.tok)))     # by the beginning, not to read it all
+        else: n = ceil(s.stop*len(self.ids)/max(1, self._size))
+        return Packed(self.ids[:max(2, n)], self.tok)
 
 # %% ../nbs/32a_shards.ipynb #b4bb24ff
 def text_of(

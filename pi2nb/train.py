@@ -480,9 +480,9 @@ def finish(self:Trainer,
 ) -> dict:    # everything in the report; None for all workers but the first
     "Pack, prove, score on the test text beside the baselines, sample, plot; also written to DIR/report.json"
     if self.rank: return None
-    file, lm, cfg, text = self.pack(), self.back, self.cfg, self.corpus
+    read, file, lm, cfg, text = self.windows.bytes_read, self.pack(), self.back, self.cfg, self.corpus  # packing asks for a batch again
     rep = dict(recipe=cfg.recipe, tokenizer=getattr(text, 'spec', cfg.tokenizer), corpus=text.name,
-        train_bytes=self.windows.bytes_read or len(text.train), valid_bytes=len(text.valid), test_bytes=len(text.test),
+        train_bytes=read or len(text.train), valid_bytes=len(text.valid), test_bytes=len(text.test),
         seed=cfg.seed, steps=self.step, seconds=self.elapsed, warm_up_seconds=self.warm,
         precision=cfg.precision, device=str(self.device), threads=torch.get_num_threads(),
         params=lm.n_params(), layout=lm.config.layout, bits_per_weight=lm.bits_per_weight(), holdings=lm.holdings(),

@@ -32,7 +32,7 @@ def chapter_links(nb, cfg):
     at = f'{cfg.user}/{cfg.repo}/blob/{cfg.branch}/{cfg.nbs_path.name}/{nb}'
     n = nb.split('_')[0]
     return f'::: {{.chapter-links}}\nChapter {n} · [Open in Colab](https://colab.research.google.com/github/{at}), where you first run ' \
-           f'`%pip install git+{cfg.git_url}` · [The notebook](https://github.com/{at})\n:::'
+           f'`%pip install "pi2nb[demo,pretrained] @ git+{cfg.git_url}"` · [The notebook](https://github.com/{at})\n:::'
 
 
 def relink(text, names, cfg):
