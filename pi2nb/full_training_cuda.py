@@ -101,7 +101,7 @@ def contenders(
     layouts=tuple(LAYOUTS), # of all arms but the baseline
     arms=(*ARMS, 'baseline'),
     **more                  # settings of all runs
-) -> dict:                  # name -> settings, ready for `run_grid`
+) -> dict:                  # name -> settings, ready for run_grid
     "Every arm in every layout at every size; the float arm has the shape of two bits, whatever its file takes"
     who = [(a, l) for l in layouts for a in arms if a != 'baseline'] + [('baseline', 'its own')]*('baseline' in arms)
     def one(a, l, size):
