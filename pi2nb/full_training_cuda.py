@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 import matplotlib.pyplot as plt
 import torch
 from .files import write_atomic
+from .corpus import _ninety
 from .budget import size_in_shape
 from .dynamic import dynamic_bits
 from .evaluate import bits_per_byte
@@ -33,10 +34,9 @@ def split_text(
     most:int = 10**6 # bytes that are watched, and bytes that are tested
 ) -> Path:           # the folder
     "The first nine tenths to learn from, the beginning of a twentieth to watch, and of one to test"
-    data, folder = Path(path).read_bytes(), Path(folder)
-    a, b = len(data)*90//100, len(data)*95//100
+    (train, valid, test), folder = _ninety(Path(path).read_bytes()), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for k,part in zip(('train', 'valid', 'test'), (data[:a], data[a:b][:most], data[b:][:most])): write_atomic(folder/f'{k}.txt', part)
+    for k,part in dict(train=train, valid=valid[:most], test=test[:most]).items(): write_atomic(folder/f'{k}.txt', part)
     return folder
 
 # %% ../nbs/71_full_training_cuda.ipynb #d78096f0
@@ -58,8 +58,8 @@ def golf_settings(
 # %% ../nbs/71_full_training_cuda.ipynb #447a01e5
 MB = 10**6
 
-def _priced(asked): # JSON of settings -> report on the file of a small model with random weights
-    cfg = configure(**json.loads(asked) | dict(dim=32*json.loads(asked)['heads']))
+def _priced(settings): # -> report on the file of a small model with random weights
+    cfg = configure(**settings | dict(dim=32*settings['heads']))
     lm = LM(recipe(cfg.recipe).config(**cfg.model))
     for p in lm.parameters():
         if p.ndim > 1: torch.nn.init.normal_(p, std=.02)               # what starts at zero would cost nothing
@@ -75,8 +75,9 @@ def _most(fits): # the largest k for which fits(k), which holds up to some k and
 
 # %% ../nbs/71_full_training_cuda.ipynb #cd671e2d
 @lru_cache
-def _fitted(asked, limit):
-    report, step = _priced(asked), 8*json.loads(asked)['heads']
+def _fitted(asked, limit): # the settings as JSON, which can be a key
+    settings = json.loads(asked)
+    report, step = _priced(settings), 8*settings['heads']
     ratio = report.meta['config']['mlp_ratio']
     def fits(dim, hidden): return size_in_shape(report, dim=dim, mlp_ratio=hidden/dim) <= .99*limit
     if not (dim := step*_most(lambda k: fits(k*step, round(ratio*k*step)))):
@@ -146,13 +147,14 @@ def three_columns(
                 dynamic=dynamic_bits(lm, tok, text).bpb)
 
 def golf_measures(
-    t:Trainer # after `finish`
-) -> dict:    # what a run is judged by, beside its report
+    t:Trainer, # after `finish`
+    rep:dict   # what that returned
+) -> dict:     # what a run is judged by, beside its report
     "Columns, speed, the part of the device that was used, the curve over time, a sample"
     cfg, speed = t.cfg, median(r['tokens_per_s'] for r in t.rows[len(t.rows)//2:])
     return dict(columns=three_columns(t.back, t.tok, t.corpus.test[:cfg.eval_bytes], cfg.context), tokens_per_s=speed,
                 mfu=speed*flops_per_token(t.lm, cfg.context)/peak_flops(t.device, cfg.precision), warm_up_s=t.warm,
-                curve=[(round(r['elapsed'], 2), r['bpb']) for r in t.rows], sample=json.loads((t.out/'report.json').read_text())['sample'])
+                curve=[(round(r['elapsed'], 2), r['bpb']) for r in t.rows], sample=rep['sample'])
 
 def golf_job(
     changes:dict # settings for `configure`

@@ -45,7 +45,8 @@ def put(self:WeightAverage):
     "Give the model the mean; what was decoded is projected to the nearest symbols and scales, and its layers are frozen"
     for (p, layers), m in zip(self._weights(), self.means):
         if self.decoded and layers[0]:
-            c = layers[0].coded()
-            m = (c := hold(m, c.code, replace(c.code, rule='mse').scale(m.reshape(c.z.shape)))).decode()
-            for layer in layers: layer.scale = c.s.to(p.device)
+            old = layers[0].coded()
+            new = hold(m, old.code, replace(old.code, rule='mse').scale(m.reshape(old.z.shape)))
+            for layer in layers: layer.scale = new.s.to(p.device)
+            m = new.decode()
         p.copy_(m)

@@ -18,7 +18,7 @@ from .train import Trainer, configure
 # %% ../nbs/67_runs.ipynb #c009
 def grid_job(
     changes:dict, # settings for `configure`
-    more=None     # called with the finished `Trainer`: more figures, by name
+    more=None     # called with the finished `Trainer` and its report: more figures, by name
 ) -> dict:        # the run, for a record
     "One run of a grid, on one thread; a run that learns nothing is kept as dead"
     torch.set_num_threads(1)
@@ -28,7 +28,8 @@ def grid_job(
         except ValueError as e: return dict(commit=environment()['commit'], settings=asdict(t.cfg), dead=str(e), seconds=t.elapsed,
             text=t.corpus.sha256(), train=[(r['step'], r['bpb']) for r in t.rows], valid=[(t.step, inf)])
         t.lm.float()                                                   # a peer may have trained in bfloat16
-        rep, own = t.finish(only=()), more(t) if more else {}
+        rep = t.finish(only=())
+        own = more(t, rep) if more else {}
         sha256 = hashlib.sha256((Path(d)/'model.q2bin').read_bytes()).hexdigest()
     kept = 'steps', 'seconds', 'threads', 'params', 'bits_per_weight', 'bytes', 'logit_gap', 'test_bpb', 'holdings'
     return dict(commit=environment()['commit'], settings=asdict(t.cfg), **{k: rep[k] for k in kept}, sha256=sha256,
