@@ -218,7 +218,10 @@ def recipe(
 # %% ../nbs/41_model.ipynb #c025
 _SHAPE = dict(layout='GQA, CfC*3', dim=192)
 
-register_recipe(Recipe('q2', '2-bit matrices in four even levels, straight-through; Muon and AdamW', _SHAPE))
+_GOLF = {f'golf-{mb}mb': dict(layout=LMConfig.layout, dim=dim, mlp_ratio=hidden/dim, heads=8, kv_heads=4, window=1024)
+    for mb,dim,hidden in ((1, 128, 576), (2, 192, 768), (4, 256, 1280), (8, 384, 1600), (16, 512, 2624))}
+
+register_recipe(Recipe('q2', '2-bit matrices in four even levels, straight-through; Muon and AdamW', _SHAPE, sizes=_GOLF))
 register_recipe(Recipe('dense', 'the float32 twin of q2: same shape, every code off',
     _SHAPE | dict(code=None, gate_code=None, embed_code=None), dict(rest_lr=.032)))
 register_recipe(Recipe('phase', 'complex weights: two stages of quarter turns on pairs of features; learns like q2',

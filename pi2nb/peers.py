@@ -7,6 +7,7 @@ __all__ = ['ARMS', 'GridPeer', 'SignPeer', 'tune', 'peak_bytes', 'memory', 'time
 
 # %% ../nbs/72a_peers.ipynb #c003
 import json, time
+from functools import partial
 from pathlib import Path
 import torch
 from torch import nn, Tensor
@@ -17,7 +18,7 @@ from .quantlinear import CodedWeight, _leaf_of, hold_integers
 from .model import LM, recipe
 from .optim import CarrySnap, GhostVotes, _groups, _integer_rule, register_optimizer, split_params, static_bytes
 from .train import Trainer, configure
-from .runs import grid_job, run_grid
+from .runs import grid_job, walk_rates
 
 # %% ../nbs/72a_peers.ipynb #c007
 class GridPeer(torch.optim.Optimizer):
@@ -157,10 +158,11 @@ ARMS = { # rule -> settings, its name in the registry, the rates to start from, 
     'votes, one each': (_GRID, 'votes, one each', .5, 1., False), 'ghost': (_GRID, 'votes', 1., 4., True)}
 
 # %% ../nbs/72a_peers.ipynb #c021
-def _name(arm, rates, seed): return f'{arm}, lr {rates[0]:g}, rest {rates[1]:g}, seed {seed}'
-def _job(arm, rates, seed, more): return ARMS[arm][0] | dict(optimizer=ARMS[arm][1], lr=rates[0], rest_lr=rates[1], seed=seed) | more
+def _run(arm, rates, seed, **more): # its name and its settings
+    return f'{arm}, lr {rates[0]:g}, rest {rates[1]:g}, seed {seed}', ARMS[arm][0] | dict(optimizer=ARMS[arm][1], lr=rates[0], rest_lr=rates[1], seed=seed) | more
 
-def _around(arm, apart, lr, rest): # the points next to this one
+def _around(arm, rates, apart): # the points next to this one
+    lr, rest = rates
     def at(a, b): return float(f'{lr*a:.3g}'), float(f'{rest*b:.3g}')
     if not ARMS[arm][4]: return {at(2, 2), at(.5, .5)}
     return {at(2, 1), at(.5, 1)} | ({at(1, 2), at(1, .5)} if apart else set())
@@ -173,14 +175,7 @@ def tune(
     **more           # changes to every run's settings, such as data
 ) -> dict:           # name -> run
     "Walk the rates of every arm to a point whose neighbours are worse, then make the other seeds there"
-    tried, jobs = {a: {ARMS[a][2:4]} for a in arms}, {}
-    while True:
-        jobs = {_name(a, r, 0): _job(a, r, 0, more) for a in arms for r in tried[a]}
-        runs = run_grid(path, jobs, job='pi2nb.peers:grid_job')
-        best = {a: min(tried[a], key=lambda r: runs[_name(a, r, 0)]['valid'][-1][1]) for a in arms}
-        if all(_around(a, apart, *best[a]) <= tried[a] for a in arms): break
-        for a in arms: tried[a] |= _around(a, apart, *best[a])
-    return run_grid(path, jobs | {_name(a, best[a], s): _job(a, best[a], s, more) for a in arms for s in seeds}, job='pi2nb.peers:grid_job')
+    return walk_rates(path, {a: {ARMS[a][2:4]} for a in arms}, partial(_run, **more), partial(_around, apart=apart), (0, *seeds), job='pi2nb.peers:grid_job')
 
 # %% ../nbs/72a_peers.ipynb #c027
 def peak_bytes(
