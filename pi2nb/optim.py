@@ -9,7 +9,7 @@ __all__ = ['OPTIMIZERS', 'register_optimizer', 'newton_schulz', 'Muon', 'split_p
 
 # %% ../nbs/60_optim.ipynb #c002
 from functools import lru_cache
-from math import isqrt
+from math import inf, isqrt
 from inspect import signature
 import torch
 import torch.distributed as dist
@@ -140,6 +140,7 @@ def _named(text): # 'muon, steps=5' -> the rule, its options; ValueError on what
     for k, eq, v in (s.partition('=') for s in told):
         try: options[k.strip()] = float(v)
         except ValueError: raise ValueError(f'{k} {v} is no option of {name}; write a name and a number, such as steps=5') from None
+        if not 0 <= options[k.strip()] < inf: raise ValueError(f'{k.strip()} is {v.strip()}; give a number that is at least 0')
         if k.strip() not in known and not any(kind.name == 'VAR_KEYWORD' for kind in known.values()):
             raise ValueError(f'{name} has no option {k.strip()!r}; it has {", ".join(known) or "none"}')
     return rule, options

@@ -23,7 +23,7 @@ from .model import LM, LMConfig, recipe
 from .objectives import Objective
 from .sampler import Sampler, generate
 from .q2bn import save_model, load_model
-from .optim import OPTIMIZERS, make_optimizers, set_rate, trapezoid
+from .optim import make_optimizers, set_rate, trapezoid, _named
 from .workers import join_workers, part_of, shard, together, whole
 from .governor import DeadRunGuard, TrainingGovernor, draw_flips
 from .evaluate import bits_per_byte, baselines, unigram_nats
@@ -68,7 +68,6 @@ def _sensible(cfg): # `cfg`, or ValueError about the first setting that cannot b
     for k, most in dict(lr=64, rest_lr=64, warmup=1, cooldown=1).items():
         demand(k, 0 <= getattr(cfg, k) <= most, f'it must lie between 0 and {most}')
     demand('micro', 1 <= cfg.micro < 32 and cfg.batch % cfg.micro == 0, f'it must divide the batch of {cfg.batch}, and be below 32')
-    demand('optimizer', cfg.optimizer.split(',')[0].strip() in OPTIMIZERS, f'choose one of {", ".join(OPTIMIZERS)}')
     demand('minutes', cfg.minutes is None or 0 < cfg.minutes < 1e6, 'it must be above 0 and below a million')
     demand('seed', 0 <= cfg.seed < 2**32, 'it must lie between 0 and 2**32 - 1')
     demand('governor', cfg.governor is None or 0 < cfg.governor < 1, 'it must be None, or lie between 0 and 1')
@@ -76,7 +75,7 @@ def _sensible(cfg): # `cfg`, or ValueError about the first setting that cannot b
     demand('remember', 0 <= cfg.remember <= 1, 'it is a part of the tokens, from 0 to 1')
     demand('micro', cfg.micro == 1 or not cfg.remember, 'it must be 1 where slots are written while learning')
     demand('shard', not (cfg.shard and cfg.remember), 'it must be False where slots are written while learning')
-    Objective(cfg.objective), _tokenizer_spec(cfg.tokenizer)           # raise on what they cannot read
+    Objective(cfg.objective), _tokenizer_spec(cfg.tokenizer), _named(cfg.optimizer) # raise on what they cannot read
     return cfg
 
 # %% ../nbs/63_train.ipynb #q102
