@@ -259,10 +259,10 @@ def recipes():
     import torch
     for r in RECIPES.values():
         lm = LM(r.config())
-        print(f'{r.name:8} {lm.n_params():11,} parameters  {lm.bits_per_weight():5.2f} bits each  {lm.config.layout:14} {r.doc}')
+        print(f'{r.name:11} {lm.n_params():11,} parameters  {lm.bits_per_weight():5.2f} bits each  {lm.config.layout:14} {r.doc}')
         for size, shape in r.sizes.items():                            # counted without being filled
             with torch.device('meta'): lm = LM(r.config(**shape))
-            print(f'  {size:6} {lm.n_params():11,} parameters  dim {lm.config.dim}, {lm.config.layout}')
+            print(f'  {size:9} {lm.n_params():11,} parameters  dim {lm.config.dim}, {lm.config.layout}')
 
 # %% ../nbs/70_cli.ipynb #a2b7f46f
 def _fresh(out): # ValueError, before any work, where nothing can be written or something would be lost
