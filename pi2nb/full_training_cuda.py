@@ -41,10 +41,10 @@ def split_text(
     return folder
 
 # %% ../nbs/71_full_training_cuda.ipynb #d78096f0
-_LEARN = dict(lr=.02, rest_lr=4e-3, warmup=.01, cooldown=.5)
+_LEARN = dict(warmup=.01, cooldown=.5)
 LAYOUTS = {'geode': LMConfig.layout, 'in turn': '[CfC, GQA]*6', 'attention': 'GQA*8'}
 ARMS = {'float': dict(name='dense'), **{k: dict(name='q2', code=c) for k,c in
-        {'int8': 'int8', 'int6': 'int6', 'int4': 'int4', 'ternary': 'ternary', 'two bits': 'q2'}.items()}}
+        {'two bits': 'q2', 'ternary': 'ternary', 'int4': 'int4', 'int6': 'int6', 'int8': 'int8'}.items()}}
 PIECES = dict(name='q2', tied=True, embed_code='int4')                           # with a tokenizer
 BASELINE = dict(name='q2', layout='GQA*9', code='int8', mlp_ratio=2., tied=True) # the golf baseline's design
 
@@ -145,10 +145,10 @@ def peak_flops(
     device,          # a torch device
     precision:str    # 'bf16' or 'fp32'
 ) -> float:          # operations per second
-    "What the device can do at best: from `PEAK`, or the fastest of a few matrix products"
+    "What the device can do at best: from `PEAK`, which is for bfloat16, or the fastest of a few matrix products"
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else ''
     known = next((v for k,v in PEAK.items() if k in name), None)
-    if known: return known
+    if known and precision == 'bf16': return known
     n, took = 4096 if name else 768, []
     x = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == 'bf16' else torch.float32)
     for _ in range(5): start = time.perf_counter(); (x@x)[0, 0].item(); took.append(time.perf_counter() - start)
@@ -160,10 +160,10 @@ def three_columns(
     text:bytes,   # what is scored
     context:int   # tokens of a window
 ) -> dict:        # bits per byte, by column
-    "The score in windows, sliding by a quarter, and learning from what was scored; each for itself"
+    "The score in windows, sliding by a quarter, and learning from what was scored, over the first 100,000 bytes; each for itself"
     return dict(windows=bits_per_byte(lm, tok, text, context, reading='chunked').bpb,
                 sliding=bits_per_byte(lm, tok, text, context, context//4).bpb,
-                dynamic=dynamic_bits(lm, tok, text).bpb)
+                dynamic=dynamic_bits(lm, tok, text[:10**5]).bpb)
 
 def golf_measures(
     t:Trainer, # after `finish`
@@ -186,11 +186,11 @@ def golf_table(
     runs:dict # name -> run, as `golf_job` makes them
 ) -> str:     # a line for each
     "Bytes, the three columns, speed, and the part of the device that was used"
-    out = [f"{'':30}{'dim':>6}{'bytes':>12}{'windows':>9}{'sliding':>9}{'dynamic':>9}{'tokens/s':>11}{'of peak':>9}{'steps':>8}"]
+    out = [f"{'':36}{'dim':>6}{'bytes':>12}{'windows':>9}{'sliding':>9}{'dynamic':>9}{'tokens/s':>11}{'of peak':>9}{'steps':>8}"]
     for k,r in runs.items():
-        if 'dead' in r: out.append(f"{k:30} learned nothing: {r['dead']}"); continue
+        if 'dead' in r: out.append(f"{k:36} learned nothing: {r['dead']}"); continue
         c = r['columns']
-        out.append(f"{k:30}{r['settings']['model']['dim']:6}{r['bytes']:12,}{c['windows']:9.3f}{c['sliding']:9.3f}{c['dynamic']:9.3f}"
+        out.append(f"{k:36}{r['settings']['model']['dim']:6}{r['bytes']:12,}{c['windows']:9.3f}{c['sliding']:9.3f}{c['dynamic']:9.3f}"
                    f"{r['tokens_per_s']:11,.0f}{r['mfu']:9.1%}{r['steps']:8,}")
     return '\n'.join(out)
 
@@ -199,11 +199,13 @@ def plot_golf(
 ):
     "Bytes against bits per byte, and the loss over time"
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    for i,who in enumerate(dict.fromkeys(k.rsplit(',', 1)[0] for k in runs)):
+    names = dict.fromkeys(k.rsplit(',', 1)[0] for k in runs)
+    colours = plt.get_cmap('turbo')(torch.linspace(0, 1, len(names)))
+    for i,who in enumerate(names):
         mine = sorted((r['bytes'], r['columns']['sliding'], k) for k,r in runs.items() if k.startswith(who + ',') and 'columns' in r)
         if not mine: continue
-        left.semilogx([m[0] for m in mine], [m[1] for m in mine], 'x--' if who.startswith('float') else 'o-', c=f'C{i}', ms=4, label=who)
-        right.semilogx(*zip(*runs[mine[-1][2]]['curve']), c=f'C{i}', lw=1)
+        left.semilogx([m[0] for m in mine], [m[1] for m in mine], 'x--' if who.startswith('float') else 'o-', c=colours[i], ms=4, label=who)
+        right.semilogx(*zip(*runs[mine[-1][2]]['curve']), c=colours[i], lw=1)
     left.set(xlabel='bytes of the file', ylabel='bits per byte, sliding'); left.legend(fontsize=7)
     right.set(xlabel='seconds', ylabel='training bits per byte, the largest file')
     fig.tight_layout()

@@ -140,9 +140,9 @@ def _named(text): # 'muon, steps=5' -> the rule, its options; ValueError on what
     for k, eq, v in (s.partition('=') for s in told):
         try: options[k.strip()] = float(v)
         except ValueError: raise ValueError(f'{k} {v} is no option of {name}; write a name and a number, such as steps=5') from None
-        if not 0 <= options[k.strip()] < inf: raise ValueError(f'{k.strip()} is {v.strip()}; give a number that is at least 0')
         if k.strip() not in known and not any(kind.name == 'VAR_KEYWORD' for kind in known.values()):
             raise ValueError(f'{name} has no option {k.strip()!r}; it has {", ".join(known) or "none"}')
+        if not 0 <= options[k.strip()] < inf: raise ValueError(f'{k.strip()} is {v.strip()}; give a finite number that is at least 0')
     return rule, options
 
 def make_optimizers(

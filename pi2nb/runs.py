@@ -64,17 +64,19 @@ def run_grid(
     workers:int = 2,# runs at a time
     job:str = 'pi2nb.runs:grid_job' # what makes a run: a module and a function in it that is called with the settings
 ) -> dict:          # name -> run
-    "Make the runs that the file does not hold yet"
+    "Make the runs that the file does not hold yet; raises RuntimeError at the end if some failed, naming them"
     runs = read_runs(path) if Path(path).exists() else {}
-    todo = {k: v for k,v in jobs.items() if runs.get(k, {}).get('asked') != v}
+    todo, failed = {k: v for k,v in jobs.items() if runs.get(k, {}).get('asked') != v}, {}
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(_in_own_process, v, job): k for k,v in todo.items()}
         try:
             for f in as_completed(futures):
                 k = futures[f]
+                if f.exception(): failed[k] = f.exception(); continue
                 runs[k] = dict(asked=todo[k], **f.result())
                 write_record(path, sorted({r['settings']['seed'] for r in runs.values()}), sum(r['seconds'] for r in runs.values()), runs=runs)
-        finally: pool.shutdown(cancel_futures=True)                    # after an error nothing is begun that would not be kept
+        finally: pool.shutdown(cancel_futures=True)                    # interrupted: nothing is begun that would not be kept
+    if failed: raise RuntimeError('\n'.join(f'{k}: {e}' for k,e in failed.items()))
     return runs
 
 # %% ../nbs/67_runs.ipynb #c200
@@ -104,12 +106,14 @@ def walk_rates(
     seeds=(0, 1, 2),    # the first for the walk, all at its end
     **how               # for `run_grid`
 ) -> dict:              # name -> run
-    "Walk the rates of every arm to one whose neighbours are worse on the validation text, then make the other seeds there"
+    "Walk the rates of every arm to one whose neighbours are no better on the validation text, then make the other seeds there; raises ValueError if an arm is dead at all of them"
     tried = {a: set(rates) for a,rates in starts.items()}
     while True:
         jobs = dict(make(a, r, seeds[0]) for a in tried for r in tried[a])
         runs = run_grid(path, jobs, **how)
-        best = {a: min(rates, key=lambda r: runs[make(a, r, seeds[0])[0]]['valid'][-1][1]) for a,rates in tried.items()}
+        score = lambda a, r: runs[make(a, r, seeds[0])[0]]['valid'][-1][1]
+        best = {a: min(sorted(rates), key=lambda r: score(a, r)) for a,rates in tried.items()}
+        if dead := [a for a,r in best.items() if score(a, r) == inf]: raise ValueError(f'{dead[0]!r} learned nothing at {sorted(tried[dead[0]])}; try other rates')
         new = {a: around(a, r) - tried[a] for a,r in best.items()}
         if not any(new.values()): break
         for a in tried: tried[a] |= new[a]

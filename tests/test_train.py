@@ -308,8 +308,8 @@ def test_command_refuses_a_foreign_twin_and_a_dead_run(tmp_path, text):
     (['train', '--set', 'compile=maybe'], 'compile'),
     (['train', '--set', 'shard=true', '--set', 'remember=.1'], 'shard'),
     (['train', '--set', 'optimizer=muon, gates=2'], 'a factor can be given for'),
-    (['train', '--set', 'optimizer=muon, int8=-1'], 'at least 0'),
-    (['train', '--set', 'optimizer=muon, int8=nan'], 'at least 0'),
+    (['train', '--set', 'optimizer=muon, int8=-1'], 'finite number that is at least 0'),
+    (['train', '--set', 'optimizer=muon, int8=nan'], 'finite number that is at least 0'),
     (['train', '--set', 'optimizer=moun'], "unknown optimizer 'moun'; choose one of"),
 ], ids=lambda v: ' '.join(v) if isinstance(v, list) else '')
 def test_a_mistake_gets_one_sentence(tmp_path, text, monkeypatch, capsys, args, says):
