@@ -116,17 +116,13 @@ def contenders(
     sizes,                  # million bytes
     layouts=tuple(LAYOUTS), # of all arms but the baseline
     arms=(*ARMS, 'baseline'),
-    tokenizer=None,         # a SentencePiece .model for the arm 'pieces'; None leaves it out
-    **more                  # settings of all runs
+    **more                  # settings of all runs; 'pieces' need a tokenizer
 ) -> dict:                  # name -> settings, ready for run_grid
     "Every arm in every layout at every size; the float arm has the shape of two bits, whatever its file takes"
-    own = dict(pieces=dict(tokenizer=str(tokenizer)))
-    arms = [*arms, *['pieces']*(tokenizer is not None)]
     who = [(a, l) for l in layouts for a in arms if a != 'baseline'] + [('baseline', 'its own')]*('baseline' in arms)
     def one(a, l, size):
-        settings = FULL | own.get(a, {}) | more
-        judge = golf_settings('two bits' if a == 'float' else a, l, **settings)
-        return golf_settings(a, l, **settings) | fit_shape(judge, round(size*MB))
+        judge = golf_settings('two bits' if a == 'float' else a, l, **FULL | more)
+        return golf_settings(a, l, **FULL | more) | fit_shape(judge, round(size*MB))
     return {f'{a}, {l}, {n} MB': one(a, l, n) for n in sizes for a,l in who}
 
 # %% ../nbs/71_full_training_cuda.ipynb #ef4ce888
