@@ -1,7 +1,7 @@
 "The peers of the integer rules, and the walk that tunes them all"
 import math
 import pytest, torch
-from pi2nb import peers
+import pi2nb.runs
 from pi2nb.optim import OPTIMIZERS
 from pi2nb.peers import ARMS, memory, peak_bytes, tune
 from pi2nb.train import Trainer, configure
@@ -25,7 +25,7 @@ def test_the_walk_ends_at_the_best_point_and_adds_seeds(monkeypatch):
     def pretend(path, jobs, job): # a bowl with its bottom at (.5, 16)
         assert job == 'pi2nb.peers:grid_job'
         return {k: dict(valid=[(1, (math.log2(v['lr']) + 1)**2 + (math.log2(v['rest_lr']) - 4)**2)], asked=v) for k, v in jobs.items()}
-    monkeypatch.setattr(peers, 'run_grid', pretend)
+    monkeypatch.setattr(pi2nb.runs, 'run_grid', pretend)
     runs = tune('nowhere', ['pi2'], data='x')
     assert {f'pi2, lr 0.5, rest 16, seed {s}' for s in range(3)} <= runs.keys()
     assert {'pi2, lr 1, rest 16, seed 0', 'pi2, lr 0.25, rest 16, seed 0', 'pi2, lr 0.5, rest 32, seed 0', 'pi2, lr 0.5, rest 8, seed 0'} <= runs.keys()
