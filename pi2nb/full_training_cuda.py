@@ -72,12 +72,16 @@ def learn_pieces(
 # %% ../nbs/71_full_training_cuda.ipynb #447a01e5
 MB = 10**6
 
-def _priced(settings): # -> report on the file of a small model with random weights
+@lru_cache
+def _priced(asked): # the settings as JSON, which can be a key -> report on the file of a small model with random weights
+    settings = json.loads(asked)
     cfg = configure(**settings | dict(dim=32*settings['heads']))
     tok = make_tokenizer(cfg.tokenizer, b'')
-    lm = LM(recipe(cfg.recipe).config(**cfg.model, vocab=tok.vocab_size))
-    for p in lm.parameters():
-        if p.ndim > 1: torch.nn.init.normal_(p, std=.02)               # what starts at zero would cost nothing
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        lm = LM(recipe(cfg.recipe).config(**cfg.model, vocab=tok.vocab_size))
+        for p in lm.parameters():
+            if p.ndim > 1: torch.nn.init.normal_(p, std=.02)           # what starts at zero would cost nothing
     with TemporaryDirectory() as d:
         save_model(lm, tok, Path(d)/'m')
         return inspect_q2bn(Path(d)/'m')
@@ -90,9 +94,8 @@ def _most(fits): # the largest k for which fits(k), which holds up to some k and
 
 # %% ../nbs/71_full_training_cuda.ipynb #cd671e2d
 @lru_cache
-def _fitted(asked, limit): # the settings as JSON, which can be a key
-    settings = json.loads(asked)
-    report, step = _priced(settings), 8*settings['heads']
+def _fitted(asked, limit):
+    report, step = _priced(asked), 8*json.loads(asked)['heads']
     ratio = report.meta['config']['mlp_ratio']
     def fits(dim, hidden): return size_in_shape(report, dim=dim, mlp_ratio=hidden/dim) <= .99*limit
     if not (dim := step*_most(lambda k: fits(k*step, round(ratio*k*step)))):
@@ -190,6 +193,7 @@ def golf_table(
                    f"{r['tokens_per_s']:11,.0f}{r['mfu']:9.1%}{r['steps']:8,}")
     return '\n'.join(out)
 
+# %% ../nbs/71_full_training_cuda.ipynb #18058b72
 def plot_golf(
     runs:dict # name -> run
 ):
