@@ -8,6 +8,7 @@ __all__ = ['OPTIMIZERS', 'register_optimizer', 'newton_schulz', 'Muon', 'split_p
            'static_bytes']
 
 # %% ../nbs/60_optim.ipynb #c002
+import timeit
 from functools import lru_cache
 from math import inf, isqrt
 from inspect import signature
@@ -339,18 +340,20 @@ def _halves(x, dim, pad): # numbers below 2^14 as 128*high + low, a byte each, o
     return torch.cat([(x >> 7).to(torch.int8), x.bitwise_and_(127).sub_(64).to(torch.int8)], dim)
 
 @lru_cache
-def _exact_bytes(device): # does this device add up products of bytes in 32 bits? older processors saturate at 16
-    x = torch.full((64, 64), 127, dtype=torch.int8, device=device)
-    return bool((torch._int_mm(x, x) == 64*127**2).all())
+def _by_bytes(device): # are byte products right there, and four of them quicker than one of 32 bits? older processors lack their instructions, or saturate
+    if device.type != 'cpu': return True                               # a GPU multiplies nothing wider
+    x = torch.full((256, 256), 127, dtype=torch.int8)
+    def took(f, y): return min(timeit.repeat(lambda: f(y, y), number=1, repeat=3))
+    return bool((torch._int_mm(x, x) == 256*127**2).all()) and 4*took(torch._int_mm, x) < took(torch.mm, x.int())
 
 def integer_matmul(
     a:Tensor, # integers [rows, n], below 2^14 - 128 in size
     b:Tensor  # integers [n, cols], likewise
 ) -> Tensor:  # int32 [rows, cols], the exact product modulo 2^32
-    "Matrix product of 15-bit integers by products of bytes, which have instructions of their own"
+    "Matrix product of 15-bit integers, by products of bytes where they have instructions of their own"
     (r, k), c = a.shape, b.shape[1]
     pr, pk, pc = (max(24, n + -n % 8) - n for n in (r, k, c))            # sizes that a GPU takes
-    if not _exact_bytes(a.device): return (a.double()@b.double()).long().int()     # exact too: below 2^53
+    if not _by_bytes(a.device): return a@b
     p = torch._int_mm(_halves(a, 0, (0, pk, 0, pr)), _halves(b, 1, (0, pc, 0, pk)))
     (hh, hl), (lh, ll) = (q.split(c+pc, 1) for q in p.split(r+pr))
     return hh.mul_(128).add_(hl).add_(lh).mul_(128).add_(ll)[:r, :c]

@@ -2,7 +2,8 @@
 import math, os, subprocess, sys
 from copy import deepcopy
 import pytest, torch
-from hypothesis import given, settings, strategies as st
+import pi2nb.optim
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from pi2nb.model import LM, LMConfig, MIXERS
 from pi2nb.optim import (CarrySnap, FloatCount, GhostVotes, IntegerRule, Muon, OPTIMIZERS, _bit_length, _pack4, _shift, _unpack4, integer_matmul, integer_newton_schulz,
@@ -33,6 +34,18 @@ def feed(p, g): # give an integer weight a gradient
 
 @given(st.lists(st.integers(0, 2**31-1), min_size=1, max_size=20))
 def test_bit_length(xs): assert _bit_length(torch.tensor(xs, dtype=torch.int32)).tolist() == [x.bit_length() for x in xs]
+
+
+@pytest.mark.parametrize('by_bytes', [True, False])
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 10**6))
+def test_integer_products_are_exact_either_way(monkeypatch, by_bytes, r, k, c, seed):
+    x = torch.full((64, 64), 127, dtype=torch.int8)
+    if by_bytes and (torch._int_mm(x, x) != 64*127**2).any(): pytest.skip('this processor saturates')
+    monkeypatch.setattr(pi2nb.optim, '_by_bytes', lambda device: by_bytes)
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randint(-16255, 16256, (r, k), generator=g, dtype=torch.int32), torch.randint(-16255, 16256, (k, c), generator=g, dtype=torch.int32)
+    assert torch.equal(integer_matmul(a, b).long(), (a.long()@b.long() + 2**31) % 2**32 - 2**31)
 
 
 @given(st.integers(-2**28, 2**28), st.integers(1, 20))
