@@ -106,7 +106,7 @@ def walk_rates(
     seeds=(0, 1, 2),    # the first for the walk, all at its end
     **how               # for `run_grid`
 ) -> dict:              # name -> run
-    "Walk the rates of every arm to one whose neighbours are no better on the validation text, then make the other seeds there; raises ValueError if an arm is dead at all of them"
+    "Walk the rates of every arm to one whose neighbours are no better on the validation text, then make the other seeds there; raises ValueError if an arm learned nothing at any rate tried"
     tried = {a: set(rates) for a,rates in starts.items()}
     while True:
         jobs = dict(make(a, r, seeds[0]) for a in tried for r in tried[a])
