@@ -34,4 +34,4 @@ def test_a_size_is_a_named_change():
     r = Recipe('r', 'doc', dict(dim=8), sizes=dict(big=dict(dim=16)))
     assert r.config(**r.sized('big')).dim == 16
     with pytest.raises(ValueError, match='no size .huge.; choose one of big'): r.sized('huge')
-    with pytest.raises(ValueError, match='set dim'): RECIPES['q2'].sized('big')
+    with pytest.raises(ValueError, match='set dim'): RECIPES['dense'].sized('big')
