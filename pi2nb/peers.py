@@ -175,7 +175,7 @@ def tune(
     **more           # changes to every run's settings, such as data
 ) -> dict:           # name -> run
     "Walk the rates of every arm to a point whose neighbours are worse, then make the other seeds there"
-    return walk_rates(path, {a: {ARMS[a][2:4]} for a in arms}, partial(_run, **more), partial(_around, apart=apart), (0, *seeds), job='pi2nb.peers:grid_job')
+    return walk_rates(path, {a: {ARMS[a][2:4]} for a in arms}, partial(_run, **more), partial(_around, apart=apart), (0, *seeds), dead_ok=True, job='pi2nb.peers:grid_job')
 
 # %% ../nbs/72a_peers.ipynb #c027
 def peak_bytes(

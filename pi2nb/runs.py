@@ -104,17 +104,19 @@ def walk_rates(
     make,               # make(arm, rate, seed) gives a run's name and its settings
     around=_both_ways,  # around(arm, rate) gives the neighbours of a rate
     seeds=(0, 1, 2),    # the first for the walk, all at its end
+    dead_ok=False,      # may an arm learn nothing at its first rates and next to them; it gets no other seeds then
     **how               # for `run_grid`
 ) -> dict:              # name -> run
-    "Walk the rates of every arm to one whose neighbours are no better on the validation text, then make the other seeds there; raises ValueError if an arm learned nothing at any rate tried"
+    "Walk the rates of every arm to one whose neighbours are no better on the validation text, then make the other seeds there; raises ValueError if an arm learned nothing, unless that is an answer"
     tried = {a: set(rates) for a,rates in starts.items()}
     while True:
         jobs = dict(make(a, r, seeds[0]) for a in tried for r in tried[a])
         runs = run_grid(path, jobs, **how)
         score = lambda a, r: runs[make(a, r, seeds[0])[0]]['valid'][-1][1]
         best = {a: min(sorted(rates), key=lambda r: score(a, r)) for a,rates in tried.items()}
-        if dead := [a for a,r in best.items() if score(a, r) == inf]: raise ValueError(f'{dead[0]!r} learned nothing at {sorted(tried[dead[0]])}; try other rates')
-        new = {a: around(a, r) - tried[a] for a,r in best.items()}
+        dead = [a for a,r in best.items() if score(a, r) == inf]
+        if dead and not dead_ok: raise ValueError(f'{dead[0]!r} learned nothing at {sorted(tried[dead[0]])}; try other rates')
+        new = {a: {n for r in (starts[a] if a in dead else [best[a]]) for n in around(a, r)} - tried[a] for a in tried}
         if not any(new.values()): break
         for a in tried: tried[a] |= new[a]
-    return run_grid(path, jobs | dict(make(a, best[a], s) for a in tried for s in seeds), **how)
+    return run_grid(path, jobs | dict(make(a, best[a], s) for a in tried if a not in dead for s in seeds), **how)

@@ -34,6 +34,11 @@ def test_the_walk_ends_at_the_best_point_and_adds_seeds(monkeypatch):
     assert {v['asked']['rest_lr'] for v in tied.values()} == {ARMS['pi2'][3]}
 
 
+def test_an_arm_that_learns_nothing_is_an_answer(monkeypatch): # as the rule of the document
+    monkeypatch.setattr(pi2nb.runs, 'run_grid', lambda path, jobs, job: {k: dict(valid=[(1, math.inf)], asked=v) for k, v in jobs.items()})
+    assert {(v['asked']['lr'], v['asked']['seed']) for v in tune('nowhere', ['literal']).values()} == {(.01, 0), (.02, 0), (.04, 0)}
+
+
 def test_memory(tmp_path):
     assert peak_bytes(lambda: torch.zeros(1000) + torch.zeros(1000)) == 12_000
     got = memory(Trainer(configure(**ARMS['adamw'][0] | dict(optimizer='adamw') | TINY), tmp_path))
